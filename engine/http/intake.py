@@ -1,9 +1,10 @@
-"""One request's body: read as it comes, unpacked in pieces, within three bounds.
+"""One request's body: read as it comes, unpacked in pieces, within four bounds.
 
 | bound | what it holds | beyond it |
 |---|---|---|
 | size | one body, unpacked | 413, from `Content-Length` before a byte is read |
 | bytes held | the bodies of all requests that are being read or decoded, at all fronts | 503 |
+| bytes open | the bodies of all requests until they are over, as what is made of one grows with it | 503 |
 | pace | what a client must send in `read_timeout` seconds of our waiting | 408 |
 
 The parser leaves bodies packed (`auto_decompress=False` in `connections`), because it would unpack all that one
@@ -47,9 +48,9 @@ CODINGS: Final = ("gzip", "deflate")
 async def read_body(request: web.Request) -> bytes:
     """The body of `request`, unpacked.
 
-    Its bytes count as held until `release_body`, or until the request has been answered.
+    Its bytes count as held until `release_body`, and as open until the request has been answered.
     Raises RequestError: 400 if it is not packed as its header says, 408 if it comes too slowly, 413 if it is too
-    long, 415 for a coding that is not known, 503 if too many bytes are held.
+    long, 415 for a coding that is not known, 503 if too many bytes are held or open.
     """
     payload = request.content
     if payload.is_eof() and payload.total_bytes <= SMALL_BYTES and hdrs.CONTENT_ENCODING not in request.headers:
@@ -67,10 +68,12 @@ class Intake:
 
     def __init__(self, options: ListenOptions, board: Board | None = None) -> None:
         self._board = board or Board()
-        self._most_held = options.max_body_memory
-        self._most = min(MAX_BODY_BYTES, options.max_body_memory)  # more than all may hold would never fit
+        self._most_held, self._most_open = options.max_body_memory, options.max_open_memory
+        # more than all may hold would never fit
+        self._most = min(MAX_BODY_BYTES, options.max_body_memory, options.max_open_memory)
         self._seconds = options.read_timeout
         self._held: dict[StreamReader, int] = {}  # bytes, by the stream that a body came from
+        self._open: dict[StreamReader, int] = {}  # the same, until the request is over
         self._total = 0
         self._reading: set[StreamReader] = set()
         self._unpacking = asyncio.Semaphore(PIECES_A_TURN)
@@ -83,7 +86,7 @@ class Intake:
         # The task of this one request: its end is the last moment at which its body can be in use.
         task = asyncio.current_task()
         assert task is not None
-        task.add_done_callback(lambda _: self.release(payload))
+        task.add_done_callback(lambda _: self._close(payload))
         _ask_for(request)
         self._reading.add(payload)
         try:
@@ -104,6 +107,11 @@ class Intake:
     def release(self, payload: StreamReader) -> None:
         """Nothing of the body that came from `payload` is held any more."""
         self._count(-self._held.pop(payload, 0))
+
+    def _close(self, payload: StreamReader) -> None:
+        """The request whose body came from `payload` is over."""
+        self.release(payload)
+        self._board.add(Counter.OPEN_BYTES, -self._open.pop(payload, 0))
 
     def _count(self, size: int) -> None:
         self._total += size
@@ -129,16 +137,17 @@ class Intake:
         held = self._held.get(payload, 0) + len(data)
         if held > self._most:
             raise self._too_large()
-        total = self._board.total(Counter.BODY_BYTES)
-        if total + len(data) > self._most_held:
-            raise RequestError(
-                f"the server holds {total} bytes of request bodies and may hold {self._most_held} "
-                "(--max-body-memory); send the request again later",
-                code="too_many_bytes",
-                status=503,
+        if (total := self._board.total(Counter.BODY_BYTES)) + len(data) > self._most_held:
+            raise _too_many(
+                f"the server holds {total} bytes of request bodies and may hold {self._most_held} (--max-body-memory)"
             )
-        self._held[payload] = held
+        if (total := self._board.total(Counter.OPEN_BYTES)) + len(data) > self._most_open:
+            raise _too_many(
+                f"open requests have bodies of {total} bytes and may have {self._most_open} (--max-open-memory)"
+            )
+        self._held[payload] = self._open[payload] = held
         self._count(len(data))
+        self._board.add(Counter.OPEN_BYTES, len(data))
         body.write(data)
 
     async def _unpack(self, unpacker: "Unpacker", data: bytes, payload: StreamReader, body: io.BytesIO) -> None:
@@ -155,6 +164,10 @@ class Intake:
     def _too_large(self) -> RequestError:
         message = f"the request body is over {self._most} bytes; send a shorter one"
         return RequestError(message, code="body_too_large", status=413)
+
+
+def _too_many(what: str) -> RequestError:
+    return RequestError(f"{what}; send the request again later", code="too_many_bytes", status=503)
 
 
 INTAKE = web.AppKey("intake", Intake)

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager, suppress
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, overload
 
 import anyio.to_thread
 from msgspec import Struct
@@ -24,7 +24,7 @@ from engine.lang.calls import Replies, chosen, decided, generated, with_tools
 from engine.lang.expressions import Appended, Decide, Gen, Role, RoleBegin, RoleEnd, Select, Shown, several
 from engine.lang.run import Run
 from engine.lang.transcript import Prompt, Transcript
-from engine.lang.values import Feed, Meta, Usage, Variable
+from engine.lang.values import NO_CALL, Feed, Meta, Usage, Variable
 
 Value = TypeVar("Value")
 REASONING = "_reasoning_content"
@@ -209,8 +209,26 @@ class Sequential:
         yield from self._followed(var_name)
         self._raise_failure(var_name)
 
-    async def text_async_iter(self, var_name: str | None = None) -> AsyncIterator[str]:
-        """As `text_iter`, for programs that have an event loop, be it the state's or another."""
+    @overload
+    def text_async_iter(self, var_name: str | None = None) -> AsyncIterator[str]: ...
+    @overload
+    def text_async_iter(self, var_name: str, return_meta_data: Literal[True]) -> AsyncIterator[tuple[str, Meta]]: ...
+    async def text_async_iter(
+        self, var_name: str | None = None, return_meta_data: bool = False
+    ) -> AsyncIterator[str | tuple[str, Meta]]:
+        """As `text_iter`, for programs that have an event loop, be it the state's or another.
+
+        With `return_meta_data` the pieces of a variable come as (piece, Meta), which is empty while they come, and the
+        last is ("", what is known of the call then). Raises ValueError for the whole text, which is of any calls."""
+        if return_meta_data and var_name is None:
+            raise ValueError("return_meta_data is of the call that makes a variable; name it: var_name=...")
+        async for piece in self._pieces(var_name):
+            yield (piece, NO_CALL) if return_meta_data else piece
+        if return_meta_data and var_name is not None:
+            yield "", self._variables[var_name].meta
+
+    async def _pieces(self, var_name: str | None) -> AsyncIterator[str]:
+        """Those of `text_async_iter`. Raises ProgramError behind the last."""
         if not self._run.here:
             pieces = self.text_iter(var_name)
             while (piece := await anyio.to_thread.run_sync(next, pieces, None, abandon_on_cancel=True)) is not None:

@@ -55,6 +55,10 @@ class ListenOptions(Struct, frozen=True, kw_only=True):
         Positive,
         Meta(description="most bytes of request bodies being read or decoded, unpacked; beyond it 503"),
     ] = 256 * 2**20
+    max_open_memory: Annotated[
+        Positive,
+        Meta(description="most bytes of the bodies of open requests, which are read, wait or run; beyond it 503"),
+    ] = 4 * 2**30
     read_timeout: Annotated[
         float,
         Meta(

@@ -33,6 +33,7 @@ class Counter(IntEnum):
     BACKGROUND_BYTES = 7
     OLDEST = 8  # when the first of the kept responses ended, by the monotonic clock in ns; 0 where none has
     VIEWERS = 9  # of /live/events
+    OPEN_BYTES = 10  # of the bodies of open requests, those of BODY_BYTES among them
 
 
 class Board:

@@ -126,18 +126,15 @@ class Encoder:
                 del self._making[number]
 
     def makes(self, request: Request) -> bool:
-        """Whether steps in flight make what `request` shows."""
-        return bool(self._making) and any(shown.number in self._making for shown in request.shown)
+        """Whether steps in flight make what `request` shows, also under another number."""
+        if not (self._making and request.shown):
+            return False
+        return any(number in request.numbers or _begins(request, each.texts) for number, each in self._making.items())
 
     def users(self, number: int, running: Iterable[Request]) -> list[str]:
         """Who of these shows that medium; also under another number, in pages that a step in flight makes."""
-        texts = self.texts(number)
-        return [
-            request.rid
-            for request in running
-            if number in request.numbers
-            or any((request.salt, request.key(0, len(key) // 4)) == (salt, key) for salt, key in texts)
-        ]
+        texts = self._making.get(number, Making()).texts
+        return [each.rid for each in running if number in each.numbers or _begins(each, texts)]
 
     def texts(self, number: int) -> set[tuple[bytes, bytes]]:
         """Those that show a medium which a step in flight makes: their salts, and their keys up to its first."""
@@ -153,3 +150,13 @@ class Encoder:
         self._held.clear()
         self._making.clear()
         self._tokens = 0
+
+
+def _begins(request: Request, texts: Iterable[tuple[Request, int]]) -> bool:
+    """Whether `request` begins with one of these texts, each of a request up to a length."""
+    return any(
+        request.salt == other.salt
+        and request.key(length - 1, length) == other.key(length - 1, length)  # a value of the medium's own
+        and request.key(0, length) == other.key(0, length)
+        for other, length in texts
+    )

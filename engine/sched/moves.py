@@ -89,6 +89,7 @@ class Moves:
         if tiers.chooses(message.number):
             tiers.fetching.compute = self._copies[0].page_size * self.cost.seconds
         tiers.moved(message)
+        self._copies[copy].places.moved()
         if sweeping and not tiers.sweeping:
             self._copies[copy].places.sweep()
         risen = tiers.counts.from_host + tiers.counts.from_store - before

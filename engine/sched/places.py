@@ -9,7 +9,8 @@ pages have to go down before it can have their room, it waits for that, too, so 
 for a vector has no pages.
 
 Tiers are told of a page once it is sure to be right: of one that shows a medium, once the step that makes the medium is
-over. So what a medium spoils that cannot be made lies in the tree alone.
+over, whoever has it made. So what a medium spoils that cannot be made lies in the tree alone. Where a move holds pages
+there, of before the medium was made anew, all are forgotten once it is over, and until then no request begins.
 """
 
 from collections.abc import Iterable, Sequence
@@ -36,6 +37,7 @@ class Places:
         self._page_size = page_size
         self._reuse = reuse
         self._encoder = encoder
+        self._spoiled: list[tuple[bytes, bytes]] = []  # salts and beginnings of texts that are to be forgotten
 
     def know(self, request: Request, admit: Admit) -> None:
         """What is to be remembered of a request that comes: the blocks of its text, and the names of its pages."""
@@ -85,7 +87,7 @@ class Places:
         only if that is worth it; before, it waits for the device anyway."""
         if self.tiers is None or request.names is None:
             return False
-        if self.tiers.sweeping or self.tiers.under_way(request.rise):
+        if self._spoiled or self.tiers.sweeping or self.tiers.under_way(request.rise):
             return True
         if request.rises == MOST_RISES:
             return False
@@ -206,10 +208,18 @@ class Places:
 
     def spoiled(self, number: int) -> None:
         """Medium `number` could not be made, and who uses it runs no more: forget what was computed behind it."""
-        forgotten = [self.pages.forget(key, salt) for salt, key in self._encoder.texts(number)]
+        texts = self._encoder.texts(number)
+        assert texts, f"medium {number} was made for nobody"
+        self._spoiled += texts
         self._encoder.forget(number)
-        if not (forgotten and all(forgotten)):  # a move holds some, of before the medium was made anew
-            self.pages.flush()
+        self.moved()
+
+    def moved(self) -> None:
+        """A move is over: forget what is spoiled, if none holds pages of it any longer."""
+        if self._spoiled:
+            self._spoiled = [(salt, key) for salt, key in self._spoiled if not self.pages.forget(key, salt)]
+            held = self.tiers is not None and any(self.tiers.nodes())
+            assert held or not self._spoiled, "only moves hold pages of requests that run no more"
 
     def free(self, request: Request, end: int) -> None:
         """Take back all pages; those of tokens before position `end` stay in the cache."""

@@ -139,6 +139,35 @@ async def test_a_body_is_held_until_it_is_decoded_or_its_client_leaves() -> None
                 statuses.add((await answer(stream, post(long_body(90_000))))[0])
 
 
+async def test_the_bodies_of_open_requests_share_a_bound_until_they_are_over() -> None:
+    front = FakeFront(hangs=True)
+    body = post(long_body(90_000))
+    async with serving(front, max_open_memory=200_000) as url, AsyncExitStack() as stack:
+        for _ in range(2):  # decoded, and going on
+            stream = await stack.enter_async_context(dial(url))
+            front.began = anyio.Event()
+            await stream.send(body)
+            with anyio.fail_after(60):
+                await front.began.wait()
+        async with dial(url) as third:
+            status, headers, said = await answer(third, body)
+            assert (status, said["error"]["code"]) == (503, "too_many_bytes")
+            assert headers["Retry-After"] == "1"
+            assert "have bodies of 180" in said["error"]["message"]
+            assert "and may have 200000 (--max-open-memory); send" in said["error"]["message"]
+        async with dial(url) as third:
+            assert await refusal(third, post(long_body(200_001))) == (413, "body_too_large")
+        front.script, front.hangs = list(chunks("a")), False
+        await stack.aclose()  # their clients leave
+        statuses = set()
+        while 200 not in statuses:
+            async with dial(url) as third:
+                statuses.add((await answer(third, body))[0])
+        for _ in range(3):
+            async with dial(url) as third:
+                assert (await answer(third, body))[0] == 200
+
+
 @pytest.mark.parametrize("path", [route.path for route in ROUTES if route.takes is not None and route.method == "POST"])
 async def test_no_route_holds_a_body_for_longer_than_its_request(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     intakes: list[Intake] = []

@@ -77,6 +77,31 @@ def test_a_stream_is_read_while_the_program_runs(endpoint: Any) -> None:
     assert asyncio.run(follow()) == "BC"
 
 
+def test_a_variable_is_streamed_with_what_is_known_of_its_call(endpoint: Any, url: str) -> None:
+    async def pieces(s: Any) -> list[Any]:
+        return [each async for each in s.text_async_iter(var_name="second", return_meta_data=True)]
+
+    async def here() -> list[Any]:
+        async with sgl.Server(url) as server, dialogue.stream_async("1", "2", backend=server, temperature=0) as s:
+            return await pieces(s)
+
+    async def elsewhere() -> list[Any]:
+        return await pieces(dialogue.run(first="1", second="2", temperature=0, stream=True))
+
+    for follow in (here, elsewhere):
+        *earlier, (text, meta) = asyncio.run(follow())
+        assert "".join(piece for piece, _ in earlier) == "BC" and text == ""
+        assert all(each.finish == "" and not each.completion_tokens for _, each in earlier)
+        assert (meta.finish, meta.completion_tokens, meta.prompt_tokens > 2) == ("length", 2, True)
+
+    async def of_all() -> None:
+        async for _ in dialogue.run(first="1", second="2", stream=True).text_async_iter(return_meta_data=True):
+            raise AssertionError("nothing is told")
+
+    with pytest.raises(ValueError, match="name it: var_name="):
+        asyncio.run(of_all())
+
+
 def test_a_stream_keeps_what_the_program_raises(endpoint: Any) -> None:
     @sgl.function
     def fails(s: Any) -> None:

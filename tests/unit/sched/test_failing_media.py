@@ -49,7 +49,8 @@ class SpoilingDevice(SimulatedDevice):
         return shown_by(self.admits[slot].bound)
 
     def _read(self, slot, place, wanted):
-        if not any(shown.number in self.doubtful for shown in self._shown(slot)):
+        doubtful = {number % OTHER for number in self.doubtful}
+        if not any(shown.number % OTHER in doubtful for shown in self._shown(slot)):
             super()._read(slot, place, wanted)
 
 
@@ -67,9 +68,10 @@ class SpoiledBench(TierBench):
         self.below = SimulatedTiers(self.device, host)
         self.retired: set[str] = set()
 
-    def ask(self, rid: str, pieces: list[int], **options) -> None:
+    def ask(self, rid: str, pieces: list[int], *, other: int = 0, **options) -> None:
+        """It knows its media by numbers that are so many more than those of others."""
         admit, bound = admitted(rid, pieces, whole=False, **options)
-        self.scheduler.admit(admit, bound)
+        self.scheduler.admit(admit, tuple(replace(each, number=each.number + other) for each in bound))
         self.admitted[rid], self.tokens[rid] = admit, []
 
     def commit(self):
@@ -100,6 +102,7 @@ class SpoiledBench(TierBench):
 TEXT = [1, 2, 3, 0, 1, 1, 2, 2, 3, 3, 0]  # 5 pages of 2
 PICTURE = [3, 2, 6, 1, 0, 2, 2]  # its picture begins within the second page
 NUMBER = 3  # of that picture, which takes SIZES[2] tokens
+OTHER = 9  # more than that, media have other numbers
 
 
 @pytest.mark.parametrize("write", get_args(WritePolicy))
@@ -164,6 +167,37 @@ def test_what_is_right_in_the_tree_is_not_written_over_by_who_makes_the_picture_
     bench.drain()
 
 
+def test_what_moves_hold_is_forgotten_once_they_are_over_and_lower_tiers_keep_all():
+    bench = SpoiledBench()
+    bench.alone("text", TEXT)
+    bench.ask("right", [0, 0, 6], max_new=1)
+    bench.plan()
+    bench.commit()
+    tiers = bench.scheduler.tiers
+    below, stored = set(tiers.host.names), dict(bench.below.store)
+    assert bench.below.moving and stored
+    bench.scheduler.encoder._held.clear()
+    bench.scheduler.encoder._tokens = 0
+    bench.device.failing = {NUMBER}
+    bench.ask("fails", [0, 0, 6])
+    bench.plan()
+    bench.commit()
+    assert bench.ends["fails"] == "failed"
+    bench.device.failing = set()
+    bench.ask("again", [0, 0, 6])
+    assert bench.plan() is None, "it could find what is spoiled"
+    while bench.below.moving:
+        bench.finish()
+        bench.check()
+    assert set(tiers.host.names) == below and bench.below.store.items() >= stored.items()
+    while bench.live:
+        bench.step()
+    assert bench.cached["again"] == 4 and tiers.counts.from_host, "it comes up again"
+    assert bench.alone("text again", TEXT) == 10
+    bench.check()
+    bench.drain()
+
+
 def test_pages_that_show_a_picture_go_down_once_it_is_made():
     bench = SpoiledBench(depth=3)
     bench.ask("a", PICTURE, max_new=9)
@@ -202,7 +236,7 @@ def test_who_knows_the_medium_by_another_number_ends_as_well():
     scheduler.stop("a")
     for rid, pieces in (("b", PICTURE), ("c", TEXT)):
         admit, bound = admitted(rid, pieces, whole=False)
-        scheduler.admit(admit, tuple(replace(each, number=each.number + 9) for each in bound))
+        scheduler.admit(admit, tuple(replace(each, number=each.number + OTHER) for each in bound))
     assert scheduler.plan() is not None and scheduler.running == 2
     assert scheduler.encoder.users(NUMBER, scheduler.running_requests()) == ["b"]
     scheduler.stop("b")
@@ -210,8 +244,8 @@ def test_who_knows_the_medium_by_another_number_ends_as_well():
     bench.go_on()
     while bench.below.moving:
         bench.finish()
-    assert scheduler.cache.tree.size == 3  # of the text, so far
-    assert not scheduler.tiers.host.names
+    assert scheduler.cache.tree.size == 3 + 1  # of the text, so far, and before the picture
+    assert len(scheduler.tiers.host.names) == 3, "what b had found has not gone down"
     scheduler.check_integrity()
 
 
@@ -222,10 +256,12 @@ def test_replies_are_right_whatever_fails_and_whoever_leaves(write):
     for seed in range(8):
         bench = SpoiledBench(write, pages=draw.choice([24, 40]), host=draw.choice([6, 30]), depth=draw.randint(1, 3))
         for turn in range(40):
-            bench.device.failing = {number for number in range(1, 5) if draw.random() < 0.3}
+            numbers = (*range(1, 5), *range(1 + OTHER, 5 + OTHER))
+            bench.device.failing = {number for number in numbers if draw.random() < 0.3}
             head = draw.choice([[1, 2], [3], []])
             pieces = [*head, *(draw.choice([0, 1, 4, 5, 6, 7]) for _ in range(draw.randint(1, 4)))]
-            bench.ask(f"r{turn}", pieces, seed=seed, max_new=draw.randint(1, 4))
+            other = draw.choice([0, 0, OTHER])
+            bench.ask(f"r{turn}", pieces, other=other, seed=seed, max_new=draw.randint(1, 4))
             for _ in range(draw.randrange(4)):
                 bench.step()
                 if bench.below.moving and draw.random() < 0.5:
