@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.cache.ceiling import Ceiling
+from engine.cache.device import DevicePages
 from engine.cache.host import HostPages, Place
 from engine.cache.keeping import Keeping
 from engine.cache.names import PageNames
@@ -140,6 +141,37 @@ def test_with_room_to_spare_nothing_leaves_that_only_the_host_has():
     assert [place.name for place in host.add([b"c", b"d", b"e"], spare=True)] == [b"c", b"d"]
     assert held(host, "abcdpq") == "abcd" and not host.spare()
     host.check_integrity()
+
+
+def above(host, policy, *names):
+    """Pages 0, 1, … of the device, which the host has not."""
+    device = DevicePages(host, policy)
+    device.remember([name.encode() for name in names], 0, range(len(names)))
+    return device
+
+
+def test_the_first_pages_of_a_text_come_down_first_but_ahead_of_need_the_last():
+    host = HostPages(4)
+    there(host, "x", "y")
+    device = above(host, "write-back", *"abcd")
+    places, refused = device.leave(range(4), spare=True)
+    assert (set(places), refused, device.cold) == ({2, 3}, 2, {2, 3})  # as the others stay on the device for longer
+    host.unpin(places.values())
+    places, refused = device.leave(range(2))
+    assert (set(places), refused, device.cold) == ({0, 1}, 0, {0, 1, 2, 3}) and held(host, "abcdxy") == "abcd"
+    device.check_integrity(range(4))
+    device.used([b"a", b"b", b"c", b"d"], range(3))
+    assert device.cold == {3}
+    device.check_integrity(range(4))
+
+
+def test_of_pages_that_were_never_asked_for_again_second_hit_takes_none_down():
+    host = HostPages(9)
+    device = above(host, "second-hit", *"abcd")
+    device.again([b"a", b"b", b"c", b"d"], range(2))
+    places, refused = device.leave(range(4))
+    assert [place.name for place in places.values()] == [b"a", b"b"] and not refused
+    assert all(place.hit for place in places.values()) and device.cold == {0, 1, 2, 3}
 
 
 def test_pinned_places_stay_and_a_forgotten_one_is_free_with_its_last_pin():

@@ -222,3 +222,15 @@ def test_salts_share_nothing_and_leave_nothing():
     assert tree.evict(9) == [0, 1]
     tree.check_integrity()
     assert not tree._roots
+
+
+def test_a_prefix_gives_way_next_once_what_goes_on_from_it_has_also_where_it_was_queued_before():
+    tree = RadixTree(1)
+    first, second = array("i", [1]).tobytes(), array("i", [2]).tobytes()
+    tree.unlock(tree.extend(tree.match(b"")[0], first, [1])[0])  # a leaf, and queued as one
+    node = tree.match(first)[0]
+    tree.lock(node)
+    tree.lock(node)  # of two requests, so that what is added is a node of its own
+    tree.unlock(tree.extend(node, second, [2])[0])
+    tree.unlock(node)
+    assert [pages for _, pages in tree.coldest(2)] == [[2], [1]] == [pages for _, pages in tree.coldest(9)]

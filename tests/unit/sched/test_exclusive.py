@@ -130,3 +130,27 @@ def test_what_is_used_again_while_it_goes_down_does_not_give_way_next():
     assert not tiers.device.cold & mine
     bench.drain()
     assert bench.cached["c"] == 32
+
+
+def test_what_makes_room_for_a_request_pushes_none_of_its_own_pages_out():
+    """They are what the host has not used for longest."""
+    bench = Counting(16, "write-back", stores=False, pages=9)
+    for number in range(3):
+        for turn in range(2):
+            run(bench, f"{number}.{turn}", text(number))
+    assert run(bench, "again", text(0))[0] == 32
+    bench.drain()
+
+
+def test_what_is_ready_to_give_way_is_what_gives_way_next():
+    """Also where there is not room to spare for all of it."""
+    draw, sizes = random.Random(3), set()
+    bench = Counting(16, stores=False, pages=19, cold=1)
+    tiers = bench.scheduler.tiers
+    for turn in range(60):
+        run(bench, f"{turn}", text(draw.randrange(5), pages=draw.randrange(2, 9)))
+        cold = tiers.device.cold
+        assert cold == {page for _, pages in tiers._tree.coldest(len(cold)) for page in pages}
+        sizes.add(len(cold))
+    assert max(sizes) > 8 and bench.down > 60
+    bench.drain()
