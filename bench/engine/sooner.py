@@ -5,7 +5,8 @@
 The traffic is that of the row `agents` of bench/engine/tiers.py. Device, bus and disk take the time that they were
 measured to take on an H200 with Llama-3.1-8B's shape; each does one thing after the other. Nothing else takes any time:
 neither messages nor the scheduler itself, nor finding out what the disk has. So the figures are what a policy could
-reach. Policies:
+reach. A move that holds the next step makes it wait. Pages of the prompts are told by where they were: on the device,
+come up, or missed, so computed. Policies:
 
     none      no tiers
     never     the host's memory alone
