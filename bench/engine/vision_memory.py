@@ -23,6 +23,7 @@ from PIL import Image
 from bench.lib.processes import resident_bytes
 from bench.lib.served import Served
 from engine.media import store
+from engine.runtime import repeats
 from engine.sched import assets
 
 AT_ONCE = 8
@@ -89,6 +90,7 @@ def bounds(options: dict[str, str], prompt: int, tokens: int, payload: int, widt
         f"worker: {options['encoder_cache']} MiB of embeddings (--encoder-cache), of the pictures above": min(
             most_known, embeddings
         ),
+        f"core: {repeats.MOST} bytes of pixels that came last from the front": repeats.MOST // payload,
         f"worker and core: {kv} tokens of KV cache (--kv-tokens)": kv // prompt,
     }
 

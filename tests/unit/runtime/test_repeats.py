@@ -1,4 +1,4 @@
-"""What requests in a row bring along crosses to the core once, and the scheduler sees each request whole."""
+"""What requests bring along again crosses to the core once, and the scheduler sees each request whole."""
 
 import socket
 from typing import Any
@@ -13,7 +13,7 @@ from engine.config import Config
 from engine.messages.assets import Need
 from engine.messages.control import Boot
 from engine.messages.request import Abort, Admit
-from engine.runtime import core
+from engine.runtime import core, repeats
 from engine.runtime.channel import Frames
 from engine.runtime.core import CoreLink
 from engine.runtime.front_process import HubLink
@@ -45,16 +45,24 @@ def brought(message: Any) -> list[int]:
     return [len(need.payload) // SIZE for need in message.needs] if isinstance(message, Admit) else []
 
 
-@given(st.lists(st.tuples(st.lists(st.integers(1, 4), max_size=3), st.booleans()), max_size=12))
-def test_each_message_arrives_as_it_was(asked: list[tuple[list[int], bool]]) -> None:
-    spared, restored = Spared(), Restored()
+@given(st.lists(st.tuples(st.lists(st.integers(1, 5), max_size=4), st.booleans()), max_size=16), st.integers(0, 4))
+def test_each_message_arrives_as_it_was(asked: list[tuple[list[int], bool]], most: int) -> None:
     messages = [admit(f"{at}", *shown, grammar=grammar) for at, (shown, grammar) in enumerate(asked)]
-    assert [restored(spared(message)) for message in messages] == messages
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(repeats, "MOST", most * SIZE)
+        spared, restored = Spared(), Restored()
+        for message in messages:
+            assert restored(spared(message)) == message
+            assert len(restored._came) <= max(most, 4) and restored._came.keys() == restored._recent._sizes.keys()
+            assert restored._recent._total == sum(map(len, restored._came.values()))
 
 
-def test_what_the_request_before_brought_is_left_out() -> None:
+def test_what_requests_before_brought_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repeats, "MOST", 2 * SIZE)
     spared = Spared()
     assert [brought(spared(message)) for message in ASKED] == [[1, 1], [], [0, 0, 0], [], [0, 1], [0]]
+    more = [admit("f", 3), admit("g", 1), admit("h", 3), admit("i", 2), admit("j", 1, 2, 3), admit("k", 1)]
+    assert [brought(spared(message)) for message in more] == [[0], [1], [0], [1], [1, 0, 0], [0]]
 
 
 class Sent(Frames[Any]):
