@@ -13,8 +13,9 @@ of the plan back, take as long. The scheduler lets no step touch the pages of an
 waits on the host for a copy, a disk or another process is a thread.
 
 A page of all layers of a KV group is one piece of memory (memory.py), so a page is a copy for each group, and where
-there is one group, neighbours that stay neighbours are copied at once. A copy has COPY_BYTES at most, because what a
-step sends to the device may wait behind it. Heads, latents, windows and FP8 are all alike here: scales of FP8 belong to
+there is one group, neighbours that stay neighbours are copied at once. What a step sends to the device or to the host
+waits behind all copies of that way that are under way, so few bytes are at a time: a thread gives a stream the next
+ones when the first have come. Heads, latents, windows and FP8 are all alike here: scales of FP8 belong to
 layers, not to pages. Left out: single layers of a page (docs/tiers.md says why).
 """
 
@@ -43,7 +44,8 @@ logger = logging.getLogger("engine.worker")
 
 READERS = 8  # threads that read from a store
 READ_AT_ONCE = 8  # pages that one of them reads
-COPY_BYTES = 16 << 20  # in one copy at most: 0.3 ms of a bus that moves 50 GB/s
+COPY_BYTES = 16 << 20  # given to a stream at once: 0.3 ms of a bus that moves 50 GB/s
+UNDER_WAY = 2  # as many bytes, so often, on one stream
 # What is left of a copy up as it is told of: 2.7 ms of that bus, and twice as much where no step is under way. Until a
 # step begins that uses the pages, the host needs about as long.
 AHEAD_BYTES, IDLE_AHEAD_BYTES = 128 << 20, 256 << 20
@@ -186,27 +188,23 @@ class Transfers:
         if move.way == "up":
             self._copiers["up"].submit(lambda: answer([True] * move.count, part=self._copy_up(copies, current, ready)))
             return
-        ended = torch.cuda.Event(blocking=True)
 
-        def issue() -> None:
+        def issue(*, paced: bool) -> torch.cuda.Event:
             with torch.cuda.device(self._device), torch.cuda.stream(stream):
                 stream.wait_event(ready)
                 self._follow(stream)  # a copy up may still read the places
-                self._copy_all("down", copies)
-                ended.record(stream)
+                return self._issue("down", copies, stream, paced=paced)
 
-        def wait() -> None:
+        def wait(ended: torch.cuda.Event) -> None:
             ended.synchronize()
             answer([True] * move.count)
 
-        def both() -> None:
-            issue()
-            wait()
-
         if move.holds:
-            issue()
+            ended = issue(paced=False)
             current.wait_event(ended)
-        self._copiers["down"].submit(wait if move.holds else both)
+            self._copiers["down"].submit(lambda: wait(ended))
+        else:
+            self._copiers["down"].submit(lambda: wait(issue(paced=True)))
 
     def _copy_up(self, copies: list[Copy], steps: "torch.cuda.Stream", ready: "torch.cuda.Event") -> float:
         """Copy up, and return when that is to be told of; `follow` does the rest. Where no step is under way on the
@@ -214,13 +212,10 @@ class Transfers:
         of all that it takes, about."""
         stream = self._streams["up"]
         idle, busy = (_before(copies, size // self._ends[-1]) for size in (IDLE_AHEAD_BYTES, AHEAD_BYTES))
-        soon, sooner, ended = (torch.cuda.Event(blocking=True) for _ in range(3))
-        parts = (copies[:idle], sooner), (copies[idle:busy], soon), (copies[busy:], ended)
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
             stream.wait_event(ready)
-            for part, event in parts:
-                self._copy_all("up", part)
-                event.record(stream)
+            sooner = self._issue("up", copies[:idle], stream, paced=True)
+            soon, ended = (self._issue("up", part, stream, paced=False) for part in (copies[idle:busy], copies[busy:]))
         sooner.synchronize()
         if not (is_idle := steps.query()):
             soon.synchronize()
@@ -228,6 +223,20 @@ class Transfers:
         over = sum(count for _, _, count in copies[: idle if is_idle else busy])
         share = over / sum(count for _, _, count in copies)
         return share if share > 0.5 else 1.0  # of less, what it waited for would count as its pace
+
+    def _issue(
+        self, way: str, copies: Sequence[Copy], stream: "torch.cuda.Stream", *, paced: bool
+    ) -> "torch.cuda.Event":
+        """Give the `stream` these copies, and return their end. If `paced`, they are given as those before them come,
+        so that of the last ones alone it is waited for."""
+        ends: list[torch.cuda.Event] = []
+        for part in _parts(copies, max(1, COPY_BYTES // self._ends[-1])) if paced else (copies,):
+            if len(ends) >= UNDER_WAY:
+                ends[-UNDER_WAY].synchronize()
+            self._copy_all(way, part)
+            ends.append(torch.cuda.Event(blocking=True))
+            ends[-1].record(stream)
+        return ends[-1]
 
     @torch.inference_mode()
     def _copy_all(self, way: str, copies: Sequence[Copy]) -> None:
@@ -308,6 +317,16 @@ def _before(copies: Sequence[Copy], pages: int) -> int:
     while cut and (pages := pages - copies[cut - 1][2]) >= 0:
         cut -= 1
     return cut
+
+
+def _parts(copies: Sequence[Copy], pages: int) -> list[list[Copy]]:
+    """The copies in order, in parts of so many `pages` or of one copy; one that is empty if there are none."""
+    parts: list[list[Copy]] = [[]]
+    for copy in copies:
+        if parts[-1] and sum(count for _, _, count in parts[-1]) + copy[2] > pages:
+            parts.append([])
+        parts[-1].append(copy)
+    return parts
 
 
 def _bytes_of(layer: Tensor) -> Tensor:

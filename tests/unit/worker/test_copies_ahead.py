@@ -32,6 +32,7 @@ class StreamMover(Mover):
         monkeypatch.setattr(transfers, "torch", SimpleNamespace(**seen, cuda=self.cuda))
         monkeypatch.setattr(transfers, "pin", lambda host: None)
         monkeypatch.setattr(transfers, "COPY_BYTES", HEADS.page_bytes)
+        monkeypatch.setattr(transfers, "UNDER_WAY", 1000)
         monkeypatch.setattr(transfers, "AHEAD_BYTES", 2 * HEADS.page_bytes)
         monkeypatch.setattr(transfers, "IDLE_AHEAD_BYTES", 3 * HEADS.page_bytes)
         monkeypatch.setattr(Transfers, "_copy_all", put_copies)
@@ -175,3 +176,28 @@ def test_the_time_of_a_copy_that_is_told_of_ahead_is_that_of_all_its_pages(
     mover.cuda.main.go_on()
     mover.up.go_on()
     assert mover.answer().seconds == 6.0  # it had only begun: that is what it waited for
+
+
+@pytest.mark.parametrize("way", ["down", "up"])
+def test_a_stream_has_few_copies_at_a_time_so_that_steps_wait_behind_few(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mover = StreamMover(monkeypatch)
+    monkeypatch.setattr(transfers, "UNDER_WAY", 2)
+    monkeypatch.setattr(transfers, "IDLE_AHEAD_BYTES", 0)
+    monkeypatch.setattr(transfers, "AHEAD_BYTES", 0)
+    stream = mover.down if way == "down" else mover.up
+    mover.begin(way, [0, 1, 2, 3], [3, 1, 4, 0])
+    mover.cuda.main.go_on()
+    for left in (4, 3, 2, 1):
+        until(lambda: copies_on(stream) >= min(left, 2))  # noqa: B023
+        time.sleep(0.005)
+        assert copies_on(stream) <= 2
+        stream.go_on(2)  # a copy, and the mark behind it
+    stream.go_on()
+    until(lambda: stream.go_on() or not mover.told.empty())
+    assert mover.told.get().done == bytes([1] * 4)
+
+
+def copies_on(stream: Stream) -> int:
+    return sum(getattr(job, "__name__", "") == "<lambda>" for job in list(stream._jobs))
