@@ -11,6 +11,7 @@ from engine.runtime.tiers import tier_sizes
 from engine.worker.choices import tier_for
 from engine.worker.manifest import manifest_of
 from engine.worker.runner import Runner
+from engine.worker.steps.uses import PageUses
 from engine.worker.transfers import Transfers
 
 logger = logging.getLogger("engine.worker")
@@ -45,4 +46,6 @@ def begin_transfers(config: Config, plugins: Plugins, runner: Runner, here: int,
     told = f", and {show_size(sizes.store)} in {sizes.place} with all other ranks" if stores else ""
     logger.info("%d KV pages in %s of host memory%s", pages, show_size(pages * spec.page_bytes), told)
     copy = 0 if runner.copy is None else runner.copy.number
-    return Transfers(runner.caches, runner.device, pool, store, manifest, copy)
+    slots, each = runner.page_table.shape
+    uses = PageUses(slots - 1, each, runner.page_size, len(runner.caches[0][0]), copy)
+    return Transfers(runner.caches, runner.device, pool, store, manifest, copy, uses)

@@ -5,18 +5,18 @@
                            └───────────┘             one that holds: n+1 begins once it is copied
 
 On a GPU the copies are DMA on two streams of their own, one for each direction, so they take no multiprocessor from the
-steps. A move waits on the device for all steps launched before it. That is what a copy down needs, because these write
-its pages. A copy up needs it too, because a page that was freed may still be written by a step under way. Steps wait
-for a copy in two cases, on the device. One is a copy that `holds`, whose pages they write over. The other is the rest
-of a copy up that is told of: it is told of a little before its end, as the way of the answer to the scheduler, and that
-of the plan back, take as long. The scheduler lets no step touch the pages of any other move before its answer. Whoever
-waits on the host for a copy, a disk or another process is a thread.
+steps. A move waits on the device for all steps launched before it, if one of them may use its pages (steps/uses.py):
+one may write what goes down, or still use a page that was freed and is to be written. Steps wait for a copy in two
+cases, on the device. One is a copy that `holds`, whose pages they write over. The other is the rest of a copy up that
+is told of: it is told of a little before its end, as the way of the answer to the scheduler, and that of the plan back,
+take as long. The scheduler lets no step touch the pages of any other move before its answer. Whoever waits on the host
+for a copy, a disk or another process is a thread.
 
 A page of all layers of a KV group is one piece of memory (memory.py), so a page is a copy for each group, and where
 there is one group, neighbours that stay neighbours are copied at once. What a step sends to the device or to the host
 waits behind all copies of that way that are under way, so few bytes are at a time: a thread gives a stream the next
-ones when the first have come. Heads, latents, windows and FP8 are all alike here: scales of FP8 belong to
-layers, not to pages. Left out: single layers of a page (docs/tiers.md says why).
+ones when the first have come. Heads, latents, windows and FP8 are all alike here: scales of FP8 belong to layers, not
+to pages. Left out: single layers of a page (docs/tiers.md says why).
 """
 
 import logging
@@ -35,10 +35,13 @@ import torch
 from torch import Tensor
 
 from engine.errors import ConfigError, counted
+from engine.messages.step import StepPlan
 from engine.messages.tiers import NAME_BYTES, Move, Moved
 from engine.options.sizes import show_size
 from engine.plugin.tiers import Manifest, Pool, Store
 from engine.worker.memory import Caches
+from engine.worker.steps.results import Step
+from engine.worker.steps.uses import PageUses
 
 logger = logging.getLogger("engine.worker")
 
@@ -103,8 +106,9 @@ class Transfers:
         store: Store | None,
         manifest: Manifest,
         copy: int = 0,
+        uses: PageUses | None = None,
     ) -> None:
-        self._device, self._store, self._copy = device, store, copy
+        self._device, self._store, self._copy, self._uses = device, store, copy, uses
         self._groups = [_bytes_of(layers[0]) for layers in caches]
         self._ends = np.cumsum([group.shape[1] for group in self._groups]).tolist()
         self._joined = max(1, COPY_BYTES // self._ends[-1]) if len(self._groups) == 1 else 1  # pages in one copy
@@ -116,6 +120,7 @@ class Transfers:
             pin(self._host)
             self._streams = {way: torch.cuda.Stream(device) for way in ("down", "up")}
         self._told: torch.cuda.Event | None = None  # the end of the last copy up that was told of
+        self._held: torch.cuda.Event | None = None  # and of the last copy down that held a step
         self._copiers = {way: Threads(1, way) for way in ("down", "up")}
         self._asking, self._reading, self._writing = (
             Threads(count, name) for count, name in ((ASKERS, "ask"), (READERS, "read"), (1, "write"))
@@ -162,6 +167,11 @@ class Transfers:
         """Let all that the device is given from now on come after the copies up that were told of."""
         self._follow(torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None)
 
+    def launched(self, plan: StepPlan, step: Step) -> None:
+        """A step is on its way: copies of pages that it may use come after it."""
+        if self._uses is not None and step.ended is not None:
+            self._uses.launched(plan, step.ended)
+
     def _follow(self, stream: "torch.cuda.Stream | None") -> None:
         told = self._told
         if told is not None and stream is not None and not told.query():
@@ -184,7 +194,10 @@ class Transfers:
             return
         current, stream = torch.cuda.current_stream(self._device), self._streams[move.way]
         ready = torch.cuda.Event()
-        ready.record(current)
+        if self._uses is None or self._uses.busy(pages):
+            ready.record(current)
+        elif move.way == "up" and self._held is not None:
+            ready = self._held  # that may still read the pages
         if move.way == "up":
             self._copiers["up"].submit(lambda: answer([True] * move.count, part=self._copy_up(copies, current, ready)))
             return
@@ -200,7 +213,7 @@ class Transfers:
             answer([True] * move.count)
 
         if move.holds:
-            ended = issue(paced=False)
+            self._held = ended = issue(paced=False)
             current.wait_event(ended)
             self._copiers["down"].submit(lambda: wait(ended))
         else:

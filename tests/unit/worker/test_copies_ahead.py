@@ -4,7 +4,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from test_transfers import HEADS, Mover, names
 
 from engine.messages.tiers import Move, Moved
 from engine.worker import transfers
+from engine.worker.steps.uses import PageUses
 from engine.worker.transfers import Copy, Transfers
 
 
@@ -201,3 +202,35 @@ def test_a_stream_has_few_copies_at_a_time_so_that_steps_wait_behind_few(
 
 def copies_on(stream: Stream) -> int:
     return sum(getattr(job, "__name__", "") == "<lambda>" for job in list(stream._jobs))
+
+
+@pytest.mark.parametrize("way", ["down", "up"])
+def test_a_copy_waits_for_steps_that_may_use_its_pages_and_for_no_others(way: str, mover: StreamMover) -> None:
+    stream = mover.down if way == "down" else mover.up
+    mover.transfers._uses = cast(PageUses, SimpleNamespace(busy=lambda pages: 0 in pages))
+    mover.cuda.main.put(lambda: None)  # a step under way
+    mover.begin(way, [1], [3])
+    until(lambda: stream.go_on() or not mover.told.empty())
+    assert mover.answer().done == b"\1" and len(mover.cuda.main) == 1
+    mover.begin(way, [0], [4])
+    until(lambda: len(stream) > 1)
+    stream.go_on()
+    time.sleep(0.01)
+    assert mover.told.empty()
+    mover.cuda.main.go_on()
+    until(lambda: stream.go_on() or not mover.told.empty())
+    assert mover.answer().done == b"\1"
+
+
+def test_what_comes_up_waits_for_what_held_a_step_and_may_still_read_the_page(mover: StreamMover) -> None:
+    mover.transfers._uses = cast(PageUses, SimpleNamespace(busy=lambda pages: False))
+    before = b"".join(mover.page(0))
+    mover.begin("down", [0], [3], holds=True)
+    mover.begin("up", [0], [1])
+    until(lambda: len(mover.up) > 1)
+    mover.up.go_on()
+    assert b"".join(mover.page(0)) == before
+    mover.down.go_on()
+    until(lambda: mover.up.go_on() or mover.told.qsize() == 2)
+    assert mover.bytes_of(0) == 201
+    assert bytes(mover.transfers._host[3].numpy().tobytes()) == before
