@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 from msgspec.structs import replace
 
 from bench.engine.tiers import SIZES
@@ -40,6 +41,7 @@ from engine.sched.assets import Due, WaitingRoom
 from engine.sched.moves import Moves, patience
 from engine.sched.policies import make_policy
 from engine.testing.fake import FakeDevice
+from engine.worker.steps.uses import PageUses
 
 Policy = Literal["none", "never", "always", "sooner"]
 PAGE = 16
@@ -57,13 +59,15 @@ class Shape:
     new: int = AGENTS.new
     reply: int = AGENTS.reply
     turns: int = AGENTS.turns
-    together: int = AGENTS.together
+    together: int = AGENTS.together[0]
     device_pages: int = AGENTS.cache // PAGE
     host_pages: int = 16_384
     step_tokens: int = 8_192
     piece: int = 32  # pages
-    token: float = 0.495 / 16_384  # of a prompt
-    step: float = 0.005  # at least
+    step: float = 0.0055  # and of each row
+    row: float = 0.00012
+    prompt: float = 0.007  # more of a step with prompts, and of each of their tokens beyond the first hundred
+    token: float = 24.5e-6
     disk: float = (2 << 20) / 1.80e9  # of a page
     bus: float = (2 << 20) / 55e9
 
@@ -100,6 +104,17 @@ class Line:
         return self.free
 
 
+@dataclass
+class End:
+    """Of a step."""
+
+    simulation: "Simulation"
+    at: float
+
+    def query(self) -> bool:
+        return self.simulation.now >= self.at
+
+
 class Simulation:
     """An engine with `policy`, and the clients of the traffic."""
 
@@ -120,6 +135,7 @@ class Simulation:
             max_waiting=1000,
             tiers=None if policy == "none" else options,
         )
+        self.uses = PageUses(64, -(-longest // PAGE), PAGE, shape.device_pages)
         self.device, self.moves = FakeDevice(), None if policy == "none" else Moves([self.scheduler])
         self.room = WaitingRoom({})
         self.room.started()
@@ -227,14 +243,19 @@ class Simulation:
 
     def plan(self) -> None:
         while len(self.flying) < IN_FLIGHT and (plan := self.scheduler.plan(self.now)) is not None:
-            tokens = sum(array("i", plan.lengths))
+            lengths = array("i", plan.lengths)
+            tokens = sum(length for length in lengths if length > 1)
             if self.moves is not None:
                 self.moves.cost.planned(plan)
                 for move in self.moves.before():
                     self.begin(move)
-            seconds = max(self.shape.step, tokens * self.shape.token)
+            shape = self.shape
+            seconds = shape.step + len(lengths) * shape.row + shape.prompt * (tokens > 0)
+            seconds += max(0, tokens - 100) * shape.token
             self.flying.append(replace(self.device.step(plan), seconds=seconds))
-            self.at(self.computes.take(self.now, seconds), self.commit)
+            end = self.computes.take(self.now, seconds)
+            self.uses.launched(plan, End(self, end))
+            self.at(end, self.commit)
 
     def commit(self) -> None:
         done = self.flying.popleft()
@@ -262,7 +283,8 @@ class Simulation:
         done = b"\1" * move.count
         match move.way:
             case "down" | "up":
-                steps = self.computes.free if self.flying else self.now  # it waits for those that are launched
+                waits = self.uses.busy(np.frombuffer(move.pages, "<i4"))  # for steps that are launched
+                steps = self.computes.free if waits else self.now
                 end = self.ways[move.way].take(max(self.now, steps), move.count * self.shape.bus)
                 if move.holds:  # and the next one for it
                     self.computes.free = end

@@ -1,7 +1,8 @@
 """KV tiers beside no tiers, in turn, on the same traffic.
 
     python -m bench.engine.tiers [bench/configs/llama3.1-8b] [--rows check,agents,prompt,fits,disk,restart]
-        [--size full] [--host 32GiB] [--disk DIR:SIZE] [--no-store] [--policy write-through] [--seconds S] [--json FILE]
+        [--size full] [--together 8,12] [--host 32GiB] [--disk DIR:SIZE] [--no-store] [--policy write-through]
+        [--seconds S] [--json FILE]
 
 Two engines with dummy weights and a device cache of 12 GiB (--cache-tokens), one of which has tiers; each is started
 when the first row needs it, and kept:
@@ -9,7 +10,8 @@ when the first row needs it, and kept:
     check    first of all: a reply is the same, id by id, where its pages are on the device and where they come up
     agents   conversations of four times the device cache; whose turn is next is drawn at random. Each turn brings a
              few new tokens and gets a short reply. What is timed begins once each has been there, and the disk has
-             what it is to have. Output: turns a second, and the time to the first token
+             what it is to have. Output: turns a second, and the time to the first token; for each number of agents
+             of --together, as many as the device has room for being twelve. They are asked in this order
     prompt   one prompt alone: computed, and from the host, of an engine without a disk, which would be written to
              meanwhile; beside that, what the bus takes for as many bytes. The worker tells how long the copy takes a
              little before its end, at its pace so far
@@ -67,7 +69,7 @@ class Scale(Struct):
     new: int = 128
     reply: int = 32
     turns: int = 144
-    together: int = 8
+    together: tuple[int, ...] = (8, 12)  # agents that wait for a reply at a time
     prompt: int = 16_384
     fitting: int = 6  # conversations
     fitting_turns: int = 48
@@ -83,9 +85,19 @@ FITS = 5  # turns of both engines
 SIZES = {
     "full": Scale(),
     "quick": Scale(
-        49_152, "24GiB", "2GiB", "11GiB", "40GiB", 24, turns=36, together=4, fitting=4, fitting_turns=14, patience=4.0
+        49_152,
+        "24GiB",
+        "2GiB",
+        "11GiB",
+        "40GiB",
+        24,
+        turns=36,
+        together=(4, 6),
+        fitting=4,
+        fitting_turns=14,
+        patience=4.0,
     ),
-    "tiny": Scale(1_024, "128MiB", "40MiB", "128MiB", "1GiB", 8, 320, 16, 4, 6, 2, 512, 1, 2, patience=4.0),
+    "tiny": Scale(1_024, "128MiB", "40MiB", "128MiB", "1GiB", 8, 320, 16, 4, 6, (2,), 512, 1, 2, patience=4.0),
 }
 
 
@@ -128,11 +140,13 @@ class Conversations:
         """The first turn of each."""
         return await self._run(list(range(len(self.histories))), after)
 
-    async def go_on(self, turns: int) -> Turns:
+    async def go_on(self, turns: int, together: int = 0) -> Turns:
         """So many more turns, of conversations drawn at random among those that nobody waits for."""
-        return await self._run([-1] * turns)
+        return await self._run([-1] * turns, together=together)
 
-    async def _run(self, whose: list[int], after: Callable[[], Awaitable[None]] | None = None) -> Turns:
+    async def _run(
+        self, whose: list[int], after: Callable[[], Awaitable[None]] | None = None, together: int = 0
+    ) -> Turns:
         done = Turns(0.0, [], 0, 0)
         idle, began = set(range(len(self.histories))), time.perf_counter()
 
@@ -147,7 +161,7 @@ class Conversations:
                     await after()
 
         async with anyio.create_task_group() as group:
-            for _ in range(min(self.scale.together, len(self.histories))):
+            for _ in range(min(together or self.scale.together[0], len(self.histories))):
                 group.start_soon(client)
         done.seconds = time.perf_counter() - began
         return done
@@ -184,6 +198,8 @@ class Bench:
         self.scale: Scale = SIZES[given.size]
         self.scale.host = given.host or self.scale.host
         self.scale.cache = given.cache_tokens or self.scale.cache
+        if given.together:
+            self.scale.together = tuple(map(int, given.together.split(",")))
         self.figures: list[Figure] = []
         self.vocabulary = self.page = 0  # of the model: tokens, and bytes a token
         self._engines: dict[str, AsyncEngine] = {}
@@ -281,27 +297,33 @@ class Bench:
         self.say("check", "replies that differ", 0.0, bound="0", detail=detail)
 
     async def agents(self) -> None:
-        scale, turns = self.scale, {}
+        scale = self.scale
+        found: dict[tuple[str, int], Turns] = {}
         for name in ("none", "tiers"):
             engine = await self.engine(name)
             await engine.front.flush()
             talk = Conversations(engine, scale, scale.conversations, self.vocabulary)
             first = await talk.begin(lambda engine=engine: self.caught_up(engine))  # type: ignore[misc]
-            before = await stats_of(engine)
-            turns[name] = found = await talk.go_on(scale.turns)
-            after = await stats_of(engine)
-            told = {each: getattr(after, each) - getattr(before, each) for each in SHOWN}
-            print(
-                f"agents, {name}: first turns {first.seconds:.1f} s, then {found.rate:.2f} turns/s, first token "
-                f"{1e3 * statistics.median(found.first):.0f} ms, {found.cached / found.prompt:.0%} cached; {told}",
-                flush=True,
-            )
-        none, tiers = turns["none"], turns["tiers"]
-        detail = f"{tiers.rate:.2f} to {none.rate:.2f} turns/s"
-        self.say("agents", "throughput with tiers to none", tiers.rate / none.rate, "x", ">= 4", detail)
-        ours, theirs = statistics.median(tiers.first), statistics.median(none.first)
-        detail = f"{1e3 * ours:.0f} to {1e3 * theirs:.0f} ms"
-        self.say("agents", "median time to the first token", ours / theirs, "x", "<= 0.2", detail)
+            print(f"agents, {name}: first turns {first.seconds:.1f} s", flush=True)
+            for together in scale.together:
+                before = await stats_of(engine)
+                turns = found[name, together] = await talk.go_on(scale.turns, together)
+                after = await stats_of(engine)
+                told = {each: getattr(after, each) - getattr(before, each) for each in SHOWN}
+                print(
+                    f"agents, {name}, {together} at a time: {turns.rate:.2f} turns/s, first token "
+                    f"{1e3 * statistics.median(turns.first):.0f} ms, {turns.cached / turns.prompt:.0%} cached; {told}",
+                    flush=True,
+                )
+        for together in scale.together:
+            none, tiers = found["none", together], found["tiers", together]
+            detail = f"{tiers.rate:.2f} to {none.rate:.2f} turns/s"
+            ratio = tiers.rate / none.rate
+            self.say("agents", f"throughput with tiers to none, {together} agents", ratio, "x", ">= 4", detail)
+            ours, theirs = statistics.median(tiers.first), statistics.median(none.first)
+            detail = f"{1e3 * ours:.0f} to {1e3 * theirs:.0f} ms"
+            what = f"median time to the first token, {together} agents"
+            self.say("agents", what, ours / theirs, "x", "<= 0.2", detail)
 
     async def fits(self) -> None:
         scale, rates, shares = self.scale, [], []
@@ -486,6 +508,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which no row begins")
     parser.add_argument("--host", help="memory of the host tier")
+    parser.add_argument("--together", help="agents that wait for a reply at a time, such as 8,12")
     parser.add_argument("--cache-tokens", type=int, help="of the device")
     parser.add_argument("--disk", help="DIR:SIZE of the disk tier; default: the system's temporary folder")
     parser.add_argument("--no-store", action="store_true", help="the host tier alone")
