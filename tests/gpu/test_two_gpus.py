@@ -199,6 +199,7 @@ ASKED = {
 PROMPTS = [[3 + (7 * place + length) % 250 for place in range(length)] for length in (3, 17, 40, 150, 5, 40)]
 
 
+@pytest.mark.timeout(400)  # the first time kernels in float32 are compiled, by each rank
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_ranks_reply_as_one(family: str, tmp_path: Path) -> None:
     name, changes = FAMILIES[family]
