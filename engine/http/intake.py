@@ -33,7 +33,7 @@ from engine.http.wire import MAX_BODY_BYTES
 from engine.options.listening import ListenOptions
 from engine.runtime.board import Board, Counter
 
-SMALL_BYTES: Final = 64 * 2**10  # a body up to this size that has come whole is not counted
+SMALL_BYTES: Final = 64 * 2**10  # the largest body that is not counted if it has come whole
 PIECE_BYTES: Final = 64 * 2**10  # most that is unpacked at a time: 0.1 to 0.3 ms
 WINDOW_BYTES: Final = 8 * 2**10  # most that is given to zlib at a time: packed bytes may unpack to nothing, slowly
 PIECES_A_TURN: Final = 4
@@ -52,15 +52,20 @@ async def read_body(request: web.Request) -> bytes:
     Raises RequestError: 400 if it is not packed as its header says, 408 if it comes too slowly, 413 if it is too
     long, 415 for a coding that is not known, 503 if too many bytes are held or open.
     """
-    payload = request.content
-    if payload.is_eof() and payload.total_bytes <= SMALL_BYTES and hdrs.CONTENT_ENCODING not in request.headers:
+    payload, intake = request.content, request.app[INTAKE]
+    if payload.is_eof() and payload.total_bytes <= intake.small and hdrs.CONTENT_ENCODING not in request.headers:
         return payload.read_nowait()
-    return await request.app[INTAKE].read(request)
+    return await intake.read(request)
 
 
 def release_body(request: web.Request) -> None:
     """The bytes of `request`'s body are decoded and no longer kept; later calls do nothing."""
     request.app[INTAKE].release(request.content)
+
+
+def hand_on_body(request: web.Request) -> None:
+    """The front that `request` is passed on to counts its body, and this one no longer does."""
+    request.app[INTAKE].close(request.content)
 
 
 class Intake:
@@ -71,6 +76,7 @@ class Intake:
         self._most_held, self._most_open = options.max_body_memory, options.max_open_memory
         # more than all may hold would never fit
         self._most = min(MAX_BODY_BYTES, options.max_body_memory, options.max_open_memory)
+        self.small = min(SMALL_BYTES, self._most)  # a body up to this size that has come whole is not counted
         self._seconds = options.read_timeout
         self._held: dict[StreamReader, int] = {}  # bytes, by the stream that a body came from
         self._open: dict[StreamReader, int] = {}  # the same, until the request is over
@@ -86,7 +92,7 @@ class Intake:
         # The task of this one request: its end is the last moment at which its body can be in use.
         task = asyncio.current_task()
         assert task is not None
-        task.add_done_callback(lambda _: self._close(payload))
+        task.add_done_callback(lambda _: self.close(payload))
         _ask_for(request)
         self._reading.add(payload)
         try:
@@ -108,8 +114,8 @@ class Intake:
         """Nothing of the body that came from `payload` is held any more."""
         self._count(-self._held.pop(payload, 0))
 
-    def _close(self, payload: StreamReader) -> None:
-        """The request whose body came from `payload` is over."""
+    def close(self, payload: StreamReader) -> None:
+        """The request whose body came from `payload` is over here; later calls do nothing."""
         self.release(payload)
         self._board.add(Counter.OPEN_BYTES, -self._open.pop(payload, 0))
 

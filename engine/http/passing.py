@@ -4,8 +4,8 @@
 
 The id of a thing that one front keeps begins with the number of that front, and `Route.kept` says where a request names
 such an id. The front that has it takes the request as from a client: it checks the key, the origin and the host,
-counts, logs and traces; the front between does not log or trace. Nothing of it goes through the core's event loop.
-If the front that had it is gone, so is what it had, and whoever was asked says so.
+counts, logs and traces; the front between does not log or trace, and counts the body no longer. Nothing of it goes
+through the core's event loop. If the front that had it is gone, so is what it had, and whoever was asked says so.
 Left out: requests that name no front; they ask all of them (`Service.abort`).
 """
 
@@ -21,6 +21,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from engine.errors import WorkerError
+from engine.http.intake import hand_on_body
 from engine.http.repeated import members
 from engine.http.request_id import HEADER, ID, PASSED
 
@@ -111,7 +112,10 @@ async def passed_on(request: web.Request, id: str | None, body: bytes = b"") -> 
     """The answer of the front that has what `id` names; None if that is this one, or one that is gone."""
     passage = request.app[PASSAGE]
     number = passage.elsewhere(id)
-    return None if number is None else await passage.pass_on(request, number, body)
+    if number is None:
+        return None
+    hand_on_body(request)
+    return await passage.pass_on(request, number, body)
 
 
 async def _relayed(request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:

@@ -39,7 +39,8 @@ MOST_REDIRECTS = 5
 MOST_URL = 8192  # characters of one that is no data: URL
 PIECE = 1 << 16
 MOST_HELD = 1 << 30  # bytes of all answers that are being read
-LARGE = 2 << 20  # characters of a data: URL that is decoded in a thread: fewer take a millisecond
+# Characters of a data: URL that is decoded in a thread: fewer take some milliseconds. Percent signs take the longest.
+LARGE, LARGE_QUOTED = 2 << 20, 32 << 10
 MOST_FRESH = 3600.0  # seconds
 WHATEVER = ("", "application/octet-stream", "binary/octet-stream")  # types that say nothing
 TYPES: dict[str, tuple[str, ...]] = {
@@ -105,7 +106,7 @@ class Sources:
         """The bytes at `source`. Raises RequestError for what is not allowed, not there, too large or too slow."""
         scheme = source[:16].partition(":")[0].lower()
         if scheme == "data":
-            if len(source) > LARGE:
+            if len(source) > (LARGE_QUOTED if "%" in source else LARGE):
                 return Fetched(await anyio.to_thread.run_sync(self._inline, source, kind))
             return Fetched(self._inline(source, kind))
         if len(source) > MOST_URL:

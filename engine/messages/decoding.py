@@ -6,7 +6,8 @@ from typing import Literal
 from engine.messages.base import Message
 from engine.messages.media import Prepared
 
-MOST_PAYLOAD = (1 << 28) - (1 << 20)  # bytes of all media of a request: they travel in a frame (runtime/channel.py)
+# Bytes of all media of a request. They travel in a frame (runtime/channel.py), beside 20 bytes for each of its tokens.
+MOST_PAYLOAD = (1 << 28) - (32 << 20)
 
 
 class MediaBoot(Message, frozen=True):

@@ -37,7 +37,7 @@ class Recent:
         return key in self._sizes
 
     def put(self, came: dict[Key, int]) -> list[Key]:
-        """A request has brought these along; or has not, and is given what is remembered: such a size is 0."""
+        """A request has brought these along; or is given what is remembered: such a size is 0."""
         for key, size in came.items():
             known = self._sizes.pop(key, 0)
             self._sizes[key] = size or known
@@ -62,7 +62,8 @@ class Spared:
             return message
         known = [_key(need) in self._recent for need in message.needs]
         pairs = list(zip(message.needs, known, strict=True))
-        if came := {_key(need): len(need.payload) for need, has in pairs if has or need.payload}:
+        # what is known has the size that was sent, whatever it has by now: both ends have to count alike
+        if came := {_key(need): 0 if has else len(need.payload) for need, has in pairs if has or need.payload}:
             self._recent.put(came)
         return _with(message, [b"" if has else need.payload for need, has in pairs])
 

@@ -168,6 +168,15 @@ async def test_the_bodies_of_open_requests_share_a_bound_until_they_are_over() -
                 assert (await answer(third, body))[0] == 200
 
 
+@pytest.mark.parametrize("bound", ["max_body_memory", "max_open_memory"])
+async def test_a_bound_below_the_size_of_small_bodies_holds_for_these(bound: str) -> None:
+    async with serving(FakeFront(chunks("a")), **{bound: 1000}) as url:
+        async with dial(url) as stream:
+            assert await refusal(stream, post(long_body(1001))) == (413, "body_too_large")
+        async with dial(url) as stream:
+            assert (await answer(stream, post(long_body(1000))))[0] == 200
+
+
 @pytest.mark.parametrize("path", [route.path for route in ROUTES if route.takes is not None and route.method == "POST"])
 async def test_no_route_holds_a_body_for_longer_than_its_request(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     intakes: list[Intake] = []

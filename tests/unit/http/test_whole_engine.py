@@ -314,6 +314,19 @@ async def test_bytes_of_bodies_are_limited_at_all_fronts_together() -> None:
         assert engine.board.total(Counter.BODY_BYTES) == 0
 
 
+@pytest.mark.parametrize("bound", ["max_body_memory", "max_open_memory"])
+async def test_a_body_that_is_passed_on_counts_where_it_is_answered(bound: str) -> None:
+    """Also one that is larger than half of what all may have. It is of no use to send it again later."""
+    async with joined_fronts(FakeFront(), FakeFront(), **{bound: 200_000}) as engine:
+        _, made = await post(engine.sessions[0], "/v1/responses", BODY)
+        for session in engine.sessions:
+            more = {"input": "x" * 150_000, "previous_response_id": made["id"]}
+            assert (await post(session, "/v1/responses", more))[0] == 200
+        while engine.board.total(Counter.OPEN_BYTES):
+            await anyio.lowlevel.checkpoint()
+        assert engine.board.total(Counter.BODY_BYTES) == 0
+
+
 # ── what is said once ────────────────────────────────────────────────────────────────────────
 
 

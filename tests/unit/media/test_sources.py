@@ -86,6 +86,24 @@ async def test_malformed_data_urls_are_refused(source: str, says: str) -> None:
     assert code == "invalid_media" and says in message
 
 
+@pytest.mark.parametrize(
+    ("text", "threads"), [("QUJD" * 12_000, 0), ("%51UJD" * 8_000, 1), ("QUJ%44" + "QUJD" * 9_000, 1)]
+)
+async def test_what_takes_long_to_decode_is_not_decoded_in_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch, text: str, threads: int
+) -> None:
+    """2 MiB of percent signs held everybody up for 0.3 s."""
+    used, run = [], anyio.to_thread.run_sync
+
+    async def counted(*given: Any) -> Any:
+        used.append(given)
+        return await run(*given)
+
+    monkeypatch.setattr(module.anyio.to_thread, "run_sync", counted)
+    assert set(await read(f"data:image/png;base64,{text}")) == set(b"ABC")
+    assert len(used) == threads
+
+
 @given(st.text("ABab09+/=\n %é", max_size=9) | st.binary(max_size=9).map(lambda data: base64.b64encode(data).decode()))
 def test_base64_is_what_binascii_takes_of_it(text: str) -> None:
     try:

@@ -12,8 +12,10 @@ from typing import Any
 import anyio
 import pytest
 from fake_media import DEADLY, FAULTY, HUGE, SLOW, WRONG, FakeMedia, clip, encoded, picture, start
+from msgspec.msgpack import Encoder
 from odd_web import PICTURE, odd_web
 
+from engine.actors.tokenizer import UNSAMPLED
 from engine.conversation.parts import Image, Video
 from engine.errors import RequestError
 from engine.media import store as module
@@ -21,10 +23,11 @@ from engine.media.pool import MediaPool, processes
 from engine.media.store import BESIDE, MediaStore, Stage
 from engine.messages.decoding import DecodeMedia, MediaBoot, MediaReady
 from engine.messages.media import Prepared, Slice, sliced
+from engine.messages.request import Admit
 from engine.options.media import MOST_BYTES, MediaOptions
 from engine.plugin.registry import Plugins
 from engine.runtime.actor import supervise
-from engine.runtime.channel import MAX_FRAME
+from engine.runtime.channel import MAX_FRAME, pack
 
 pytestmark = pytest.mark.anyio
 PLACE = "messages[0].content[1]"
@@ -267,7 +270,9 @@ async def test_a_request_has_so_many_and_reads_a_few_at_a_time(monkeypatch: pyte
 
 
 async def test_the_media_of_one_request_fit_in_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert module.MOST_PAYLOAD < MAX_FRAME and MediaOptions().media_bytes < MOST_BYTES < MAX_FRAME
+    ids, turns = bytes(4 << 20), bytes(12 << 20)  # of a million tokens, which their media have keys and positions for
+    beside = pack(Encoder(), Admit("r", ids, UNSAMPLED, (), 1, keys=ids, positions=turns))
+    assert len(beside) + module.MOST_PAYLOAD < MAX_FRAME and MediaOptions().media_bytes < MOST_BYTES < MAX_FRAME
     monkeypatch.setattr(module, "MOST_PAYLOAD", most := len(PICTURE) + 10)
     store, _ = store_of(Scripted())
     says = rf"2 images and videos of at least \d+ bytes .* at most {most} are taken; send fewer, or smaller ones"
@@ -384,7 +389,7 @@ async def test_what_ends_a_process_ends_nothing_else() -> None:
             (DEADLY, "invalid_media", "ended the process that was to decode it"),
             (WRONG, "invalid_media", "ended the process that was to decode it"),
             (FAULTY, "media_too_large", "takes more memory to decode than there is for one"),
-            (HUGE, "media_too_large", "takes 268435456 bytes as the model reads it, and at most 267386880 are taken"),
+            (HUGE, "media_too_large", "takes 268435456 bytes as the model reads it, and at most 234881024 are taken"),
             (SLOW, "media_timeout", "took over 1 s to decode, which is the limit (--media-seconds)"),
         ):
             pool._seconds = 1.0 if width == SLOW else 30.0

@@ -65,6 +65,19 @@ def test_what_requests_before_brought_is_left_out(monkeypatch: pytest.MonkeyPatc
     assert [brought(spared(message)) for message in more] == [[0], [1], [0], [1], [1, 0, 0], [0]]
 
 
+def test_both_ends_count_alike_where_a_processor_knows_different_pixels_by_one_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(repeats, "MOST", 3)
+    spared, restored = Spared(), Restored()
+    got = []
+    for content, payload in ((b"a", b"1"), (b"b", b"22"), (b"a", b"333"), (b"b", b"22"), (b"c", b"4"), (b"a", b"555")):
+        asked = Admit("r", b"", UNSAMPLED, (), 1, needs=(Need("media", content, b"", payload),))
+        got += [need.payload for need in restored(spared(asked)).needs]
+        assert spared._recent._sizes == restored._recent._sizes
+    assert got == [b"1", b"22", b"1", b"22", b"4", b"555"]
+
+
 class Sent(Frames[Any]):
     """Counts the bytes of frames."""
 
