@@ -6,7 +6,8 @@ The traffic is that of the row `agents` of bench/engine/tiers.py. Device, bus an
 measured to take on an H200 with Llama-3.1-8B's shape; each does one thing after the other. Nothing else takes any time:
 neither messages nor the scheduler itself, nor finding out what the disk has. So the figures are what a policy could
 reach. A move that holds the next step makes it wait. Pages of the prompts are told by where they were: on the device,
-come up, or missed, so computed. Policies:
+come up, or missed, so computed. The time that the scheduler takes itself is measured: what this machine's processor
+spends in its calls and in those of the moves. Policies:
 
     none      no tiers
     never     the host's memory alone
@@ -19,11 +20,12 @@ import heapq
 import itertools
 import random
 import statistics
+import time
 from array import array
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from msgspec.structs import replace
@@ -82,6 +84,7 @@ class Outcome:
     computing: float = 0.0  # seconds
     reading: float = 0.0
     held: float = 0.0  # steps, by moves that they wait for
+    scheduling: float = 0.0  # of the processor of this machine
     cached: int = 0  # pages of prompts
     prompt: int = 0
     pages: dict[str, int] = field(default_factory=dict)
@@ -104,6 +107,26 @@ class Line:
         return self.free
 
 
+class Timed:
+    """`it`, and the `seconds` of the processor that its methods take."""
+
+    def __init__(self, it: object) -> None:
+        self.it, self.seconds = it, 0.0
+
+    def __getattr__(self, name: str) -> object:
+        found = getattr(self.it, name)
+        if not callable(found):
+            return found
+
+        def method(*given: object) -> object:
+            began = time.process_time()
+            result = found(*given)
+            self.seconds += time.process_time() - began
+            return result
+
+        return method
+
+
 @dataclass
 class End:
     """Of a step."""
@@ -124,7 +147,7 @@ class Simulation:
         stores = policy in ("always", "sooner")
         options = TierOptions(shape.host_pages, stores=stores, always=policy == "always", piece=shape.piece)
         longest = shape.first + (shape.turns + 1) * (shape.new + shape.reply)
-        self.scheduler = Scheduler(
+        scheduler = Scheduler(
             shape.device_pages,
             PAGE,
             64,
@@ -136,7 +159,11 @@ class Simulation:
             tiers=None if policy == "none" else options,
         )
         self.uses = PageUses(64, -(-longest // PAGE), PAGE, shape.device_pages)
-        self.device, self.moves = FakeDevice(), None if policy == "none" else Moves([self.scheduler])
+        self.device, self.timed = FakeDevice(), [Timed(scheduler)]
+        self.scheduler, self.moves = cast(Scheduler, self.timed[0]), None
+        if policy != "none":
+            self.timed.append(Timed(Moves([scheduler])))
+            self.moves = cast(Moves, self.timed[1])
         self.room = WaitingRoom({})
         self.room.started()
         self.computes, self.disk, self.ways = Line(), Line(), {"down": Line(), "up": Line()}
@@ -160,19 +187,23 @@ class Simulation:
             self.ask()
             self.drain()
         before, began = self.counts(), self.now
-        busy = self.computes.busy, self.disk.busy
+        busy, spent = (self.computes.busy, self.disk.busy), self.spent()
         self.found, self.left = Outcome(), [-1] * self.shape.turns
         for _ in range(self.shape.together):
             self.ask()
         self.drain()
-        self.scheduler.check_integrity()
         found = self.found
+        found.scheduling = self.spent() - spent
+        self.scheduler.check_integrity()
         found.seconds = self.ended - began
         found.computing, found.reading = self.computes.busy - busy[0], self.disk.busy - busy[1]
         found.pages = {name: count - before[name] for name, count in self.counts().items()}
         up = found.pages["from_host"] + found.pages["from_store"]
         found.pages = {"device": found.cached - up, **found.pages, "missed": found.prompt - found.cached}
         return found
+
+    def spent(self) -> float:
+        return sum(each.seconds for each in self.timed)
 
     def counts(self) -> dict[str, int]:
         names = ("from_host", "from_store", "fetched", "computed", "down", "refused")
@@ -308,7 +339,8 @@ def line(policy: str, found: Outcome, none: Outcome) -> str:
     return (
         f"{policy:7} {found.rate:6.2f} turns/s, {found.rate / none.rate:5.2f} of none; first token {first[0]:5.0f} ms, "
         f"{first[1]:5.0f} in the slowest tenth; device busy {found.computing / found.seconds:4.0%}, "
-        f"disk {found.reading / found.seconds:4.0%}, held {found.held / found.seconds:4.0%}; {found.pages}"
+        f"disk {found.reading / found.seconds:4.0%}, held {found.held / found.seconds:4.0%}; "
+        f"scheduler {1e3 * found.scheduling / found.turns:4.1f} ms a turn; {found.pages}"
     )
 
 

@@ -16,17 +16,19 @@ give way before the earlier ones, which they are worth nothing without.
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, KeysView, Sequence
-from dataclasses import dataclass
 from itertools import islice
+
+from msgspec import Struct
 
 from engine.cache.pool import PagePool
 
 FREE, NEW, HIT = range(3)  # what a slot holds
 
 
-@dataclass(slots=True, eq=False)
-class Place:
-    """A page's place in the host's memory. `pins` are the moves under way that read or write it."""
+class Place(Struct, eq=False, gc=False):
+    """A page's place in the host's memory. `pins` are the moves under way that read or write it.
+
+    There are as many as pages, so Python's garbage collector visits none: they refer to nothing that it could free."""
 
     name: bytes
     slot: int
@@ -75,11 +77,9 @@ class HostPages:
 
     def run(self, names: Sequence[bytes], first: int, end: int) -> int:
         """How many of the pages names[first:end] are there, up to the first that is not."""
-        places = self._places
-        for index in range(first, end):
-            place = places.get(names[index])
+        for count, place in enumerate(map(self._places.get, names[first:end])):
             if place is None or not place.there:
-                return index - first
+                return count
         return max(0, end - first)
 
     # ── what the device has ──────────────────────────────────────────────────────────────────
@@ -93,23 +93,32 @@ class HostPages:
         """Whether a page of the device was here, too, and had to give way as a double."""
         return self._above.get(name) is not None
 
+    def unseen(self, names: Iterable[bytes]) -> list[int]:
+        """The indices of those that are not here and have not given way as doubles."""
+        places, above = self._places, self._above
+        return [index for index, name in enumerate(names) if name not in places and above.get(name) is None]
+
     def held(self, names: Iterable[bytes]) -> None:
         """The device has these, given from the last to the first, and keeps them a while."""
+        above, places, doubles = self._above, self._places, self._doubles
         for name in names:
-            self._above.setdefault(name, None)
-            if (place := self._places.get(name)) is not None and not place.double:
-                del self._order(place)[name]
-                place.double = True
-                self._doubles[name] = place
+            if name not in above:
+                above[name] = None
+                if (place := places.get(name)) is not None:
+                    del (self._hit if place.hit else self._new)[name]
+                    place.double = True
+                    doubles[name] = place
 
     def left(self, names: Iterable[bytes]) -> None:
         """The device keeps these no more, which are given from the last to the first."""
+        above, places, doubles = self._above, self._places, self._doubles
         for name in names:
-            self._above.pop(name, None)
-            if (place := self._places.get(name)) is not None and place.double:
-                del self._doubles[name]
-                place.double = False
-                self._order(place)[name] = place
+            if name in above:
+                del above[name]
+                if (place := places.get(name)) is not None:
+                    del doubles[name]
+                    place.double = False
+                    (self._hit if place.hit else self._new)[name] = place
         self._bound()
 
     def spare(self) -> bool:
@@ -121,24 +130,28 @@ class HostPages:
     def add(self, names: Sequence[bytes], *, hit: bool = False, spare: bool = False) -> list[Place]:
         """Pinned places for as many of these pages as there is room for, the first of them first; `hit`: they are asked
         for again. With `spare` nothing leaves for them that the device has not, or a store is to be given."""
-        for victim in list(islice(self._victims(hit, spare), max(0, len(names) - self.pool.free_pages))):
-            if victim.double:
-                self._above[victim.name] = victim
-            self.forget(victim)
+        lacking = len(names) - self.pool.free_pages
+        if lacking > 0:
+            victims = list(islice(self._victims(hit, spare), lacking))
+            self._above.update((victim.name, victim) for victim in victims if victim.double)
+            self._forget(victims)
         slots = self.pool.take(min(len(names), self.pool.free_pages))
         assert slots is not None
         places = [Place(name, slot, hit=hit) for name, slot in zip(names, slots, strict=False)]
-        named = {place.name: place for place in reversed(places)}
-        assert self._places.keys().isdisjoint(named), "a page gets a second place"
-        self._places.update(named)
-        for place in named.values():
-            if place.name in self._above:
-                place.double = True
-                if (before := self._above[place.name]) is not None:
-                    place.stored, place.offers = before.stored, before.offers
-                self._above[place.name] = None
-            self._order(place)[place.name] = place
-            self._kinds[place.slot] = HIT if hit else NEW
+        above, order, kind = self._above, self._hit if hit else self._new, HIT if hit else NEW
+        for place in reversed(places):
+            name = place.name
+            assert name not in self._places, "a page gets a second place"
+            self._places[name] = place
+            self._kinds[place.slot] = kind
+            if name not in above:
+                order[name] = place
+                continue
+            place.double = True
+            self._doubles[name] = place
+            if (before := above[name]) is not None:
+                place.stored, place.offers = before.stored, before.offers
+                above[name] = None
         self._bound()
         return places
 
@@ -157,15 +170,16 @@ class HostPages:
 
     def touch(self, names: Iterable[bytes], *, hit: bool) -> None:
         """These pages, given from the last to the first, were used just now; `hit`: asked for again."""
-        for name in names:
-            place = self._places.get(name)
+        for place in map(self._places.get, names):
             if place is None:
                 continue
-            del self._order(place)[name]
-            if hit:
+            if hit and not place.hit:
+                del self._order(place)[place.name]
                 place.hit = True
                 self._kinds[place.slot] = HIT
-            self._order(place)[name] = place
+                self._order(place)[place.name] = place
+            else:
+                self._order(place).move_to_end(place.name)
         self._bound()
 
     def _bound(self) -> None:
@@ -178,15 +192,20 @@ class HostPages:
 
     def forget(self, place: Place) -> None:
         """Its name leads here no more; its slot is free as soon as nothing moves there."""
-        if not place.known:
-            return
-        place.known = False
-        del self._places[place.name]
-        del self._order(place)[place.name]
-        if place.pins:
-            self._forgotten.add(place)
-        else:
-            self._free(place)
+        if place.known:
+            self._forget([place])
+
+    def _forget(self, places: Iterable[Place]) -> None:
+        free = []
+        for place in places:
+            place.known = False
+            del self._places[place.name]
+            del self._order(place)[place.name]
+            if place.pins:
+                self._forgotten.add(place)
+            else:
+                free.append(place.slot)
+        self._free(free)
 
     def unpin(self, places: Iterable[Place]) -> None:
         """One move in these places is over."""
@@ -195,16 +214,16 @@ class HostPages:
             assert place.pins >= 0, "a place is unpinned more often than pinned"
             if not place.known and not place.pins:
                 self._forgotten.remove(place)
-                self._free(place)
+                self._free([place.slot])
 
-    def _free(self, place: Place) -> None:
-        self._kinds[place.slot] = FREE
-        self.pool.give([place.slot])
+    def _free(self, slots: list[int]) -> None:
+        for slot in slots:
+            self._kinds[slot] = FREE
+        self.pool.give(slots[::-1])  # texts give way from their ends, so what takes their place stands in order
 
     def clear(self) -> None:
         """Forget all pages, and what the device has."""
-        for place in list(self._places.values()):
-            self.forget(place)
+        self._forget(list(self._places.values()))
         self._above.clear()
 
     def places(self) -> list[Place]:

@@ -136,18 +136,17 @@ class Tiers:
     def _lower(self, node: Node, names: Sequence[bytes], first: int, pages: Sequence[int]) -> None:
         """Move those of `pages` down that are not there, and have not been; their names begin at index `first`."""
         own = names[first : first + len(pages)]
-        held, gave_way = self.host.names, self.host.gave_way
-        new = [(name, page) for name, page in zip(own, pages, strict=True) if name not in held and not gave_way(name)]
+        new = self.host.unseen(own)
         if not new:
             return
-        places = self.host.add([name for name, _ in new])
+        places = self.host.add([own[index] for index in new])
         self.host.touch(reversed(names[:first]), hit=False)  # they outlive what is nothing without them
         self.counts.refused += len(new) - len(places)
         if places:
             self._tree.lock(node)
             self._down.nodes.append(node)
             self._down.places += places
-            self._down.pages += [page for _, page in new[: len(places)]]
+            self._down.pages += [pages[index] for index in new[: len(places)]]
 
     def evicted(self, pages: Sequence[int]) -> None:
         """The tree has these pages no more, and the next step may write there."""
@@ -276,8 +275,8 @@ class Tiers:
     def want(self, number: int, names: Sequence[bytes], held: int) -> None:
         """A request needs the pages of `names`, of which the device has the first `held`. Once `needs.settled` names
         this `number`, what a store has of them is in the pool or comes there; or that is not known in time."""
-        first, coming = held, set()
-        while first < len(names) and (names[first] in self._coming or self.host.get(names[first]) is not None):
+        first, coming, there = held, set[int](), self.host.names
+        while first < len(names) and (names[first] in self._coming or names[first] in there):
             coming.add(self._coming.get(names[first], 0))
             first += 1
         fetches = {piece for piece in coming if self.fetching.rest(piece)}

@@ -38,6 +38,14 @@ def test_the_end_of_the_text_that_was_used_least_recently_gives_way_first():
     host.check_integrity()
 
 
+def test_pages_that_give_way_together_leave_neighbours_to_those_that_come():
+    host = HostPages(6)
+    there(host, *"abcd")
+    there(host, *"xy")
+    assert [place.slot for place in host.add([b"p", b"q", b"r"])] == [1, 2, 3]
+    host.check_integrity()
+
+
 def test_a_scan_pushes_out_nothing_that_was_asked_for_twice():
     host = HostPages(8)
     there(host, *"abcdef")
@@ -141,6 +149,16 @@ def test_with_room_to_spare_nothing_leaves_that_only_the_host_has():
     assert [place.name for place in host.add([b"c", b"d", b"e"], spare=True)] == [b"c", b"d"]
     assert held(host, "abcdpq") == "abcd" and not host.spare()
     host.check_integrity()
+
+
+def test_pages_that_are_here_or_gave_way_as_doubles_have_been_seen():
+    host = HostPages(2)
+    doubles(host, *"pq")
+    there(host, "a")  # p gives way
+    host.held([b"y"])
+    assert host.gave_way(b"p") and host.unseen([b"x", b"a", b"p", b"q", b"y"]) == [0, 4]
+    host.left([b"p"])
+    assert host.unseen([b"p", b"q"]) == [0]
 
 
 def above(host, policy, *names):
