@@ -1,6 +1,6 @@
 """What it is worth to compute pages that a disk has, where that is sooner: the engine's scheduler in simulated time.
 
-    python -m bench.engine.sooner [--disk 1.8] [--together 8] [--turns 144] [--conversations 48]
+    python -m bench.engine.sooner [--disk 1.8] [--together 8] [--turns 144] [--conversations 48] [--seeds 1]
 
 The traffic is that of the row `agents` of bench/engine/tiers.py. Device, bus and disk take the time that they were
 measured to take on an H200 with Llama-3.1-8B's shape; each does one thing after the other. Nothing else takes any time:
@@ -23,7 +23,7 @@ import statistics
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
@@ -334,6 +334,16 @@ class Simulation:
         self.at(end, over)
 
 
+def added(runs: Iterable[Outcome]) -> Outcome:
+    """Of all turns of several runs."""
+    total = Outcome()
+    for run in runs:
+        for name in ("turns", "seconds", "first", "computing", "reading", "held", "scheduling"):
+            setattr(total, name, getattr(total, name) + getattr(run, name))
+        total.pages = {name: total.pages.get(name, 0) + count for name, count in run.pages.items()}
+    return total
+
+
 def line(policy: str, found: Outcome, none: Outcome) -> str:
     first = 1e3 * statistics.median(found.first), 1e3 * statistics.quantiles(found.first, n=10)[-1]
     return (
@@ -350,12 +360,13 @@ def main() -> None:
     parser.add_argument("--together", type=int, default=Shape.together)
     parser.add_argument("--turns", type=int, default=Shape.turns)
     parser.add_argument("--conversations", type=int, default=Shape.conversations)
+    parser.add_argument("--seeds", type=int, default=1, help="so many runs, whose figures are of all their turns")
     given = parser.parse_args()
     shape = Shape(given.conversations, turns=given.turns, together=given.together, disk=(2 << 20) / given.disk / 1e9)
     found: dict[str, Outcome] = {}
     policies: tuple[Policy, ...] = ("none", "never", "always", "sooner")
     for policy in policies:
-        found[policy] = Simulation(shape, policy).run()
+        found[policy] = added(Simulation(shape, policy, seed).run() for seed in range(given.seeds))
         print(line(policy, found[policy], found["none"]), flush=True)
 
 
