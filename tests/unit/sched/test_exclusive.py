@@ -155,3 +155,18 @@ def test_what_is_ready_to_give_way_is_what_gives_way_next(shut):
         assert cold == {page for _, pages in tiers._tree.coldest(len(cold)) for page in pages}
         sizes.add(len(cold))
     assert max(sizes) > 4 and bench.down > 60
+
+
+def test_what_gives_way_next_is_looked_for_once_for_many_pages(monkeypatch):
+    """As each look goes through all that is ready: of 50 pages, and no sooner than 7 lack. The host has room."""
+    bench, looks = Counting(400, stores=False, pages=100, cold=2), []
+    tiers = bench.scheduler.tiers
+    coldest = tiers._tree.coldest
+    monkeypatch.setattr(tiers._tree, "coldest", lambda count: looks.append(tiers.ready) or coldest(count))
+    draw = random.Random(1)
+    for turn in range(120):
+        run(bench, f"{turn}", [draw.randrange(4) for _ in range(9)])
+        assert len(looks) < 2 or tiers.ready >= 50 - 7 - 3  # of which a request may just have taken three
+    assert bench.held == 0
+    assert len(looks) > 5 and all(ready < 50 - 6 for ready in looks)
+    bench.drain()
