@@ -73,7 +73,7 @@ class Scale(Struct):
     prompt: int = 16_384
     fitting: int = 6  # conversations
     fitting_turns: int = 48
-    patience: float = 8.0  # seconds for which a disk that takes nothing is waited for: what has left the host never comes
+    patience: float = 8.0  # seconds for which a disk that takes nothing is waited for; what left the host never comes
 
     @property
     def fitted(self) -> int:
