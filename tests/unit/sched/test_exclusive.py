@@ -159,6 +159,7 @@ def test_what_is_ready_to_give_way_is_what_gives_way_next(shut):
 
 def test_what_gives_way_next_is_looked_for_once_for_many_pages(monkeypatch):
     """As each look goes through all that is ready: of 50 pages, and no sooner than 7 lack. The host has room."""
+    monkeypatch.setattr("engine.cache.tiers.SLACK", 8)
     bench, looks = Counting(400, stores=False, pages=100, cold=2), []
     tiers = bench.scheduler.tiers
     coldest = tiers._tree.coldest
