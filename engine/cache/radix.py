@@ -230,11 +230,12 @@ class RadixTree:
 
     def coldest(self, count: int) -> list[tuple[Node, list[int]]]:
         """The `count` pages that `evict` would forget, by the nodes that they are the ends of; changes nothing."""
-        queue, skipped, gone = self._queue.copy(), set[Node](), set[Node]()
+        queue, skipped = self._queue.copy(), set[Node]()
+        left: dict[Node, int] = {}  # children that do not give way, of nodes of which some do
         found: list[tuple[Node, list[int]]] = []
         while queue and count > 0:
             tick, node = heappop(queue)
-            if node.locks or node.pins or not gone.issuperset(node.children.values()):
+            if node.locks or node.pins or left.get(node, len(node.children)):
                 skipped.add(node)
                 continue
             if tick < node.tick:
@@ -242,14 +243,10 @@ class RadixTree:
                 continue
             found.append((node, node.pages[-count:]))
             count -= len(found[-1][1])
-            gone.add(node)
             above = node.parent
             assert above is not None
-            if (
-                above.parent is not None
-                and (not above.queued or above in skipped)
-                and gone.issuperset(above.children.values())
-            ):
+            left[above] = left.get(above, len(above.children)) - 1
+            if above.parent is not None and not left[above] and (not above.queued or above in skipped):
                 heappush(queue, (above.tick, above))
         return found
 

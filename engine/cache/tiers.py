@@ -35,6 +35,8 @@ from engine.cache.radix import Node, RadixTree
 from engine.cache.tickets import Ticket, TierCounts, TierOptions, WritePolicy
 from engine.messages.tiers import NAME_BYTES, Move, Moved
 
+SLACK = 32  # one in so many of the pages that are to be ready may lack before more go down: to look for them costs time
+
 
 class Tiers:
     """What lies below the pages of `pool`, whose cached ones are in `tree`."""
@@ -173,8 +175,9 @@ class Tiers:
     def _go_ahead(self) -> None:
         """Some of what gives way next goes down before it does, as far as only doubles give way for that."""
         changed, self._changed = self._changed, False
-        if changed and not self._ahead and self.host.spare():
-            self._go_down(self._most_cold - self.ready, spare=True)
+        lacking = self._most_cold - self.ready
+        if changed and not self._ahead and lacking > self._most_cold // SLACK and self.host.spare():
+            self._go_down(lacking, spare=True)
 
     def _go_down(self, count: int, *, spare: bool = False) -> int:
         """So many more of the pages that give way next go down, where they are not there. The number of the move; 0

@@ -140,13 +140,16 @@ class Places:
         return request.rise > 0
 
     def look_ahead(self, queue: Iterable[Request], running: int) -> None:
-        """Let pages come up for those that wait, as long as there is room for all before them."""
+        """Let pages come up for those that wait, as far as there is room for all of these beside each other. Else what
+        has come up for one would give way for the next before it runs, and come up again."""
+        assert self.tiers is not None
+        room = self.pages.available + sum(map(len, self.tiers.own_pages())) - running
         for request, _ in zip(queue, range(LOOKED_AT), strict=False):
-            if not self.waits(request, running, turn=False) and not self._fits(request, running):
+            if not request.pools:
+                room -= pages_for(len(request.ids), self._page_size)
+            if room < 0:
                 return
-
-    def _fits(self, request: Request, running: int) -> bool:
-        return pages_for(len(request.ids), self._page_size) + running <= self.pages.available
+            self.waits(request, running, turn=False)
 
     def cached(self, request: Request) -> int:
         """How many tokens of a waiting request need not be computed."""

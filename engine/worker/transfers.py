@@ -116,6 +116,7 @@ class Transfers:
         self._host = torch.frombuffer(pool.memory, dtype=torch.uint8).view(-1, self._ends[-1])
         self._views = [pool.memory[at : at + self._ends[-1]] for at in range(0, self._host.numel(), self._ends[-1])]
         self._scope = blake2b(msgspec.json.encode(manifest, order="deterministic")).digest()
+        self._streams: dict[str, torch.cuda.Stream] = {}  # of a GPU, by way
         if device.type == "cuda":
             pin(self._host)
             self._streams = {way: torch.cuda.Stream(device) for way in ("down", "up")}
@@ -183,12 +184,14 @@ class Transfers:
         if self._device.type != "cuda":
             over: SimpleQueue[None] = SimpleQueue()
 
-            def copy() -> None:
-                self._copy_all(move.way, copies)
-                over.put(None)
-                answer([True] * move.count)
+            def copy() -> float:
+                try:
+                    self._copy_all(move.way, copies)
+                finally:
+                    over.put(None)
+                return 1.0
 
-            self._copiers["down"].submit(copy)  # one after the other, whichever way
+            self._submit("down", move, answer, copy)  # one after the other, whichever way
             if move.holds:
                 over.get()
             return
@@ -199,8 +202,7 @@ class Transfers:
         elif move.way == "up" and self._held is not None:
             ready = self._held  # that may still read the pages
         if move.way == "up":
-            self._copiers["up"].submit(lambda: answer([True] * move.count, part=self._copy_up(copies, current, ready)))
-            return
+            return self._submit("up", move, answer, lambda: self._copy_up(copies, current, ready))
 
         def issue(*, paced: bool) -> torch.cuda.Event:
             with torch.cuda.device(self._device), torch.cuda.stream(stream):
@@ -208,16 +210,33 @@ class Transfers:
                 self._follow(stream)  # a copy up may still read the places
                 return self._issue("down", copies, stream, paced=paced)
 
-        def wait(ended: torch.cuda.Event) -> None:
+        def wait(ended: torch.cuda.Event) -> float:
             ended.synchronize()
-            answer([True] * move.count)
+            return 1.0
 
         if move.holds:
             self._held = ended = issue(paced=False)
             current.wait_event(ended)
-            self._copiers["down"].submit(lambda: wait(ended))
-        else:
-            self._copiers["down"].submit(lambda: wait(issue(paced=True)))
+            return self._submit("down", move, answer, lambda: wait(ended))
+        return self._submit("down", move, answer, lambda: wait(issue(paced=True)))
+
+    def _submit(self, copier: str, move: Move, answer: Callable[..., None], copy: Callable[[], float]) -> None:
+        """Have a copier `copy`, which returns the part that the time so far is of all that it takes, and `answer`.
+
+        A copy that fails has not been done: who waits for it computes, and so learns whether the device is lost."""
+
+        def job() -> None:
+            try:
+                part = copy()
+            except Exception as error:
+                logger.debug("a copy fails", exc_info=True)
+                with suppress(Exception):  # it may fail as well
+                    self._streams[move.way].synchronize()  # nothing of it is under way any more
+                cause = f"a copy of KV pages ({move.way}) fails: {type(error).__name__}: {error}"
+                return answer([False] * move.count, cause=cause)
+            return answer([True] * move.count, part=part)
+
+        self._copiers[copier].submit(job)
 
     def _copy_up(self, copies: list[Copy], steps: "torch.cuda.Stream", ready: "torch.cuda.Event") -> float:
         """Copy up, and return when that is to be told of; `follow` does the rest. Where no step is under way on the

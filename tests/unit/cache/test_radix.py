@@ -234,3 +234,22 @@ def test_a_prefix_gives_way_next_once_what_goes_on_from_it_has_also_where_it_was
     tree.unlock(tree.extend(node, second, [2])[0])
     tree.unlock(node)
     assert [pages for _, pages in tree.coldest(2)] == [[2], [1]] == [pages for _, pages in tree.coldest(9)]
+
+
+def test_what_gives_way_next_is_found_without_a_look_at_all_that_goes_on_from_a_prefix():
+    """For each of them, that would be their number squared: a thousand short texts with one beginning are usual."""
+
+    class Children(dict):
+        def values(self):
+            raise AssertionError("all children are looked at")
+
+    tree = RadixTree(1)
+    for number in range(9):
+        key = array("i", [1, number]).tobytes()
+        node, held = tree.match(key)
+        tree.lock(node)
+        tree.unlock(tree.extend(node, key[4 * len(held) :], [0, 10 + number][len(held) :])[0])
+    above = tree.match(array("i", [1]).tobytes())[0]
+    above.children = Children(above.children)
+    found = [pages for _, pages in tree.coldest(20)]
+    assert found == [[10 + number] for number in range(9)] + [[0]]

@@ -155,3 +155,39 @@ def test_what_is_ready_to_give_way_is_what_gives_way_next(shut):
         assert cold == {page for _, pages in tiers._tree.coldest(len(cold)) for page in pages}
         sizes.add(len(cold))
     assert max(sizes) > 4 and bench.down > 60
+
+
+def test_what_gives_way_next_is_looked_for_once_for_many_pages(monkeypatch):
+    """As each look goes through all that is ready: of 50 pages, and no sooner than 7 lack. The host has room."""
+    monkeypatch.setattr("engine.cache.tiers.SLACK", 8)
+    bench, looks = Counting(400, stores=False, pages=100, cold=2), []
+    tiers = bench.scheduler.tiers
+    coldest = tiers._tree.coldest
+    monkeypatch.setattr(tiers._tree, "coldest", lambda count: looks.append(tiers.ready) or coldest(count))
+    draw = random.Random(1)
+    for turn in range(120):
+        run(bench, f"{turn}", [draw.randrange(4) for _ in range(9)])
+        assert len(looks) < 2 or tiers.ready >= 50 - 7 - 3  # of which a request may just have taken three
+    assert bench.held == 0
+    assert len(looks) > 5 and all(ready < 50 - 6 for ready in looks)
+    bench.drain()
+
+
+@pytest.mark.parametrize("pages", [24, 28, 36, 44])
+def test_what_comes_up_for_one_that_waits_does_not_give_way_for_the_next(pages):
+    """Five wait for the one slot, longer than it takes to bring their pages up, and the device has no room for all."""
+    bench = Counting(48, stores=False, pages=pages, slots=1)
+    for number in range(5):
+        for turn in range(2):
+            run(bench, f"{number}.{turn}", text(number))
+    before = bench.scheduler.tiers.counts.from_host
+    bench.admit(request("long", [3] * 9, max_new=40))
+    bench.step()
+    bench.admit(*(request(f"{number}", text(number), max_new=2) for number in range(5)))
+    while bench.live or bench.below.moving:
+        bench.step()
+        if bench.below.moving:
+            bench.finish()
+    assert [bench.cached[f"{number}"] for number in range(5)] == [32] * 5
+    assert bench.scheduler.tiers.counts.from_host - before <= 48  # a turn of one row may take a page of another
+    bench.drain()

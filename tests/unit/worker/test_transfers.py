@@ -169,6 +169,20 @@ def test_ranks_of_another_copy_move_nothing() -> None:
     assert mover.move("find", names=names("a", "b"), copy=0).done == b"\1\1"
 
 
+@pytest.mark.parametrize(("way", "holds"), [("down", False), ("down", True), ("up", False)])
+def test_a_copy_that_fails_is_told_of_and_kills_no_thread(
+    way: str, holds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mover = Mover(HEADS)
+    with monkeypatch.context() as broken:
+        broken.setattr(mover.transfers, "_copy_all", lambda way, copies: 1 / 0)
+        moved = mover.move(way, pages=[0, 1], slots=[2, 3], holds=holds)
+    assert moved.done == b"\0\0" and moved.cause == (
+        f"a copy of KV pages ({way}) fails: ZeroDivisionError: division by zero"
+    )
+    assert mover.move(way, pages=[0, 1], slots=[2, 3], holds=holds).done == b"\1\1"
+
+
 def test_a_move_that_holds_is_over_before_the_next_step() -> None:
     mover = Mover(HEADS)
     mover.transfers._copiers["down"].submit(lambda: time.sleep(0.05))
