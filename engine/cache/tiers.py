@@ -35,7 +35,7 @@ from engine.cache.radix import Node, RadixTree
 from engine.cache.tickets import Ticket, TierCounts, TierOptions, WritePolicy
 from engine.messages.tiers import NAME_BYTES, Move, Moved
 
-SLACK = 32  # one in so many of the pages that are to be ready may lack before more go down: to look for them costs time
+SLACK = 64  # one in so many of the pages that are to be ready may lack before more go down: to look for them costs time
 
 
 class Tiers:

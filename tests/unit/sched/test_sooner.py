@@ -266,4 +266,4 @@ def test_a_disk_and_the_device_together_serve_more_than_each_of_them_alone():
 
 def test_steps_wait_for_few_of_the_pages_that_the_host_takes_over():
     found = simulated("never")
-    assert found.pages["down"] > 3_000 and found.held < 0.02 * found.seconds
+    assert found.pages["down"] > 3_000 and found.held < 0.1 * found.seconds  # of all at eviction: a quarter
