@@ -89,10 +89,6 @@ class HostPages:
         """The names of the pages that the device has, too, and keeps a while."""
         return self._above.keys()
 
-    def gave_way(self, name: bytes) -> bool:
-        """Whether a page of the device was here, too, and had to give way as a double."""
-        return self._above.get(name) is not None
-
     def unseen(self, names: Iterable[bytes]) -> list[int]:
         """The indices of those that are not here and have not given way as doubles."""
         places, above = self._places, self._above
@@ -238,7 +234,8 @@ class HostPages:
         assert sum(map(len, orders)) == len(self._places) and len(self._hit) <= self._most_hit
         assert all(self._order(place).get(name) is place and place.known for name, place in self._places.items())
         assert all(place.double == (name in self._above) for name, place in self._places.items()), "a double is not one"
-        assert all(not (name in self._places and self.gave_way(name)) for name in self._above), "a double came back"
+        gave_way = {name for name, place in self._above.items() if place is not None}
+        assert gave_way.isdisjoint(self._places), "a double came back"
         held = {place.slot: HIT if place.hit else NEW for place in places}
         assert all(kind == held.get(slot, FREE) for slot, kind in enumerate(self._kinds)), "a slot is of another kind"
         assert all(place.pins and not place.known for place in self._forgotten), "a slot leaked"

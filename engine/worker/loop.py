@@ -79,10 +79,7 @@ class Loop:
                 with self._profiler.launching(message):
                     if runner.transfers is not None:
                         runner.transfers.follow()
-                    step = runner.launch(message, self._catch_up)
-                    if runner.transfers is not None:
-                        runner.transfers.launched(message, step)
-                    self._in_flight.append(step)
+                    self._in_flight.append(runner.launch(message, self._catch_up))
                 PROGRESS.device_at(self._in_flight[0].step)
             case Load():
                 runner.loaders[message.kind].load(message, self._frames.send)

@@ -132,6 +132,8 @@ class Runner:
         previous, self._ahead_of = self._ahead_of, end
         result = self._run(plan, among, catch_up).moved(to_pinned)
         end.record()
+        if self.transfers is not None:
+            self.transfers.launched(plan, end)
         return Step(plan.step, result, began=start, ended=end, previous=previous, among=among)
 
     def finish(self, step: Step) -> StepDone:

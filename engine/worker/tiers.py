@@ -47,5 +47,5 @@ def begin_transfers(config: Config, plugins: Plugins, runner: Runner, here: int,
     logger.info("%d KV pages in %s of host memory%s", pages, show_size(pages * spec.page_bytes), told)
     copy = 0 if runner.copy is None else runner.copy.number
     slots, each = runner.page_table.shape
-    uses = PageUses(slots - 1, each, runner.page_size, len(runner.caches[0][0]), copy)
+    uses = PageUses(slots, each, runner.page_size, len(runner.caches[0][0]))
     return Transfers(runner.caches, runner.device, pool, store, manifest, copy, uses)

@@ -40,8 +40,7 @@ from engine.messages.tiers import NAME_BYTES, Move, Moved
 from engine.options.sizes import show_size
 from engine.plugin.tiers import Manifest, Pool, Store
 from engine.worker.memory import Caches
-from engine.worker.steps.results import Step
-from engine.worker.steps.uses import PageUses
+from engine.worker.steps.uses import End, PageUses
 
 logger = logging.getLogger("engine.worker")
 
@@ -168,10 +167,10 @@ class Transfers:
         """Let all that the device is given from now on come after the copies up that were told of."""
         self._follow(torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None)
 
-    def launched(self, plan: StepPlan, step: Step) -> None:
-        """A step is on its way: copies of pages that it may use come after it."""
-        if self._uses is not None and step.ended is not None:
-            self._uses.launched(plan, step.ended)
+    def launched(self, plan: StepPlan, end: End) -> None:
+        """The step of `plan`, which is this rank's, is under way: copies of pages that it may use come after it."""
+        if self._uses is not None:
+            self._uses.launched(plan, end)
 
     def _follow(self, stream: "torch.cuda.Stream | None") -> None:
         told = self._told

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from oracle import tiny_model
-from tokenizers import Tokenizer, models
+from tiny_checkpoint import save_checkpoint
 
 from engine import Engine, SamplingParams
 
@@ -22,20 +22,14 @@ CONVERSATIONS, ROUNDS = 12, 4
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 
-def save(folder: Path) -> None:
+@pytest.mark.parametrize("policy", ["write-through", "write-back"])
+def test_whatever_moves_beside_steps_replies_are_the_same(policy: str, tmp_path: Path) -> None:
+    """The device has room for five conversations, the host for six more, and a disk for all. Four run at a time."""
     model = tiny_model("Llama", **SIZES)
     for weight in model.parameters():
         if weight.dim() > 1:
             weight.data.normal_(0, 0.16)
-    model.save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({chr(0x100 + id): id for id in range(257)}, unk_token=chr(0x100)))
-    words.save(str(folder / "tokenizer.json"))
-
-
-@pytest.mark.parametrize("policy", ["write-through", "write-back"])
-def test_whatever_moves_beside_steps_replies_are_the_same(policy: str, tmp_path: Path) -> None:
-    """The device has room for five conversations, the host for six more, and a disk for all. Four run at a time."""
-    save(tmp_path)
+    save_checkpoint(model, tmp_path)
     draw = np.random.default_rng(0)
     texts = [draw.integers(1, 250, 1000).tolist() for _ in range(CONVERSATIONS)]
     options: dict[str, Any] = {"model": str(tmp_path), "device": "cuda", "dtype": "float32", "kv_tokens": 5 * 1100}

@@ -12,7 +12,7 @@ if torch.cuda.device_count() < 2:
     pytest.skip(f"needs two GPUs, and torch sees {torch.cuda.device_count()}", allow_module_level=True)
 
 from oracle import tiny_model
-from tokenizers import Tokenizer, models
+from tiny_checkpoint import save_checkpoint
 
 from engine import Engine, EngineError, SamplingParams
 from engine.kernels import choose
@@ -207,9 +207,7 @@ def test_two_ranks_reply_as_one(family: str, tmp_path: Path) -> None:
     for weight in model.parameters():
         if weight.dim() > 1:
             weight.data.normal_(0, 0.16)
-    model.save_pretrained(tmp_path)
-    words = Tokenizer(models.WordLevel({chr(0x100 + id): id for id in range(257)}, unk_token=chr(0x100)))
-    words.save(str(tmp_path / "tokenizer.json"))
+    save_checkpoint(model, tmp_path)
     options: dict[str, Any] = {"model": str(tmp_path), "device": "cuda", "dtype": "float32", "kv_tokens": 8192}
     said: list[dict[str, list[list[int]]]] = []
     scores: list[list[list[float]]] = []

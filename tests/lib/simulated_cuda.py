@@ -3,9 +3,16 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
+import torch
+
+from engine.worker import transfers
+from engine.worker.transfers import Copy, Transfers
 
 
 class Event:
@@ -78,6 +85,24 @@ class SimulatedCuda:
 
     def device(self, _: object) -> Any:
         return nullcontext()
+
+
+def simulate(monkeypatch: pytest.MonkeyPatch, **constants: int) -> SimulatedCuda:
+    """A GPU for `Transfers` that are made from now on, with these `constants` of their module: copies are put on its
+    streams one by one."""
+    cuda, copy_all = SimulatedCuda(), Transfers._copy_all
+
+    def put_copies(its: Transfers, way: str, copies: Sequence[Copy]) -> None:
+        for copy in copies:
+            cuda.current_stream().put(lambda copy=copy: copy_all(its, way, [copy]))  # type: ignore[misc]
+
+    seen = {name: getattr(torch, name) for name in dir(torch) if name != "cuda"}
+    monkeypatch.setattr(transfers, "torch", SimpleNamespace(**seen, cuda=cuda))
+    monkeypatch.setattr(transfers, "pin", lambda host: None)
+    monkeypatch.setattr(Transfers, "_copy_all", put_copies)
+    for name, value in constants.items():
+        monkeypatch.setattr(transfers, name, value)
+    return cuda
 
 
 def until(is_so: Callable[[], bool]) -> None:

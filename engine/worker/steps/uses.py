@@ -34,23 +34,22 @@ class Launched:
 
 
 class PageUses:
-    """Of a cache of `pages` pages of `page_size` tokens, of which each of `slots` has `each` at most. Where attention
-    runs in copies, all that is of one `copy`."""
+    """Of a cache of `pages` pages of `page_size` tokens, of which each of `slots` has `each` at most."""
 
-    def __init__(self, slots: int, each: int, page_size: int, pages: int, copy: int = 0) -> None:
+    def __init__(self, slots: int, each: int, page_size: int, pages: int) -> None:
         self._table = np.zeros((slots, each), np.int32)
-        self._page_size, self._pages, self._copy = page_size, pages, copy
+        self._page_size, self._pages = page_size, pages
         self._under_way: list[Launched] = []
 
     def launched(self, plan: StepPlan, end: End) -> None:
-        """The step of `plan` is, and over at `end`."""
-        slots, indices, pages = self._own(np.frombuffer(plan.pages, "<i4").reshape(-1, 3).T)
+        """The step of `plan`, which is this rank's, is under way, and over at `end`."""
+        slots, indices, pages = np.frombuffer(plan.pages, "<i4").reshape(-1, 3).T
         had = self._table[slots, indices]
         for step in self._under_way:
             step.gone.append(had)
         self._table[slots, indices] = pages
         columns = (plan.slots, plan.starts, plan.lengths, plan.yields)
-        slots, starts, lengths, yields = self._own(np.stack([np.frombuffer(column, "<i4") for column in columns]))
+        slots, starts, lengths, yields = (np.frombuffer(column, "<i4") for column in columns)
         counts = -(-(starts + lengths) // self._page_size)
         counts[yields == DRAFTS] = self._table.shape[1]  # where these begin is known to the device
         self._under_way = [*self._not_over(), Launched(slots, counts, end)]
@@ -70,10 +69,3 @@ class PageUses:
 
     def _not_over(self) -> list[Launched]:
         return [step for step in self._under_way if not step.end.query()]
-
-    def _own(self, columns: np.ndarray) -> np.ndarray:
-        """Of columns [n, m] whose first has slots, those of this copy, whose slots are numbered within it."""
-        copies, slots = np.divmod(columns[0], len(self._table))
-        own = columns[:, copies == self._copy]
-        own[0] = slots[copies == self._copy]
-        return own

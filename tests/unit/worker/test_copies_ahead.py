@@ -8,13 +8,12 @@ from typing import Any, cast
 
 import pytest
 import torch
-from simulated_cuda import SimulatedCuda, Stream, until
+from simulated_cuda import Stream, simulate, until
 from test_transfers import HEADS, Mover, names
 
 from engine.messages.tiers import Move, Moved
 from engine.worker import transfers
 from engine.worker.steps.uses import PageUses
-from engine.worker.transfers import Copy, Transfers
 
 
 class StreamMover(Mover):
@@ -22,21 +21,9 @@ class StreamMover(Mover):
     last three where no step is under way."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.cuda = SimulatedCuda()
-        copy_all = Transfers._copy_all
-
-        def put_copies(its: Transfers, way: str, copies: Sequence[Copy]) -> None:
-            for copy in copies:
-                self.cuda.current_stream().put(lambda copy=copy: copy_all(its, way, [copy]))  # type: ignore[misc]
-
-        seen = {name: getattr(torch, name) for name in dir(torch) if name != "cuda"}
-        monkeypatch.setattr(transfers, "torch", SimpleNamespace(**seen, cuda=self.cuda))
-        monkeypatch.setattr(transfers, "pin", lambda host: None)
-        monkeypatch.setattr(transfers, "COPY_BYTES", HEADS.page_bytes)
-        monkeypatch.setattr(transfers, "UNDER_WAY", 1000)
-        monkeypatch.setattr(transfers, "AHEAD_BYTES", 2 * HEADS.page_bytes)
-        monkeypatch.setattr(transfers, "IDLE_AHEAD_BYTES", 3 * HEADS.page_bytes)
-        monkeypatch.setattr(Transfers, "_copy_all", put_copies)
+        page = HEADS.page_bytes
+        sizes = {"COPY_BYTES": page, "UNDER_WAY": 1000, "AHEAD_BYTES": 2 * page, "IDLE_AHEAD_BYTES": 3 * page}
+        self.cuda = simulate(monkeypatch, **sizes)
         super().__init__(HEADS, device=torch.device("cuda"))
         self.up, self.down = (self.transfers._streams[way] for way in ("up", "down"))
         for slot in range(5):

@@ -7,21 +7,19 @@ import random
 import time
 from collections.abc import Sequence
 from queue import SimpleQueue
-from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 import torch
-from simulated_cuda import SimulatedCuda
+from simulated_cuda import simulate
 from simulated_device import VOCABULARY
 from test_batcher import Bench, request
 
 from engine.cache.tiers import TierOptions, WritePolicy
 from engine.messages.tiers import Moved
 from engine.sched.moves import Moves
-from engine.worker import transfers
 from engine.worker.steps.uses import PageUses
-from engine.worker.transfers import Copy, Transfers
+from engine.worker.transfers import Transfers
 from engine_plugins.tiers.host import HostMemory
 
 UNKNOWN = 7  # no hash
@@ -49,23 +47,10 @@ class GpuBench(Bench):
         self, monkeypatch: pytest.MonkeyPatch, draw: random.Random, host: int, write: WritePolicy, **options: Any
     ) -> None:
         super().__init__(**options, tiers=TierOptions(host, write, False, 1, 1, cold=draw.choice([1, 2, 6])))
-        self.draw, self.cuda = draw, SimulatedCuda()
-        size = self.device.page_size
+        self.draw, size = draw, self.device.page_size
+        self.cuda = simulate(monkeypatch, COPY_BYTES=8 * size, AHEAD_BYTES=8 * size, IDLE_AHEAD_BYTES=16 * size)
         memory = Memory(torch.full((self.device.pages, size), UNKNOWN, dtype=torch.int64))
         self.device.store = memory  # type: ignore[assignment]
-        copy_all = Transfers._copy_all
-
-        def put_copies(its: Transfers, way: str, copies: Sequence[Copy]) -> None:
-            for copy in copies:
-                self.cuda.current_stream().put(lambda copy=copy: copy_all(its, way, [copy]))  # type: ignore[misc]
-
-        seen = {name: getattr(torch, name) for name in dir(torch) if name != "cuda"}
-        monkeypatch.setattr(transfers, "torch", SimpleNamespace(**seen, cuda=self.cuda))
-        monkeypatch.setattr(transfers, "pin", lambda host: None)
-        monkeypatch.setattr(transfers, "COPY_BYTES", 8 * size)
-        monkeypatch.setattr(transfers, "AHEAD_BYTES", 8 * size)
-        monkeypatch.setattr(transfers, "IDLE_AHEAD_BYTES", 16 * size)
-        monkeypatch.setattr(Transfers, "_copy_all", put_copies)
         each = -(-self.scheduler.max_model_len // size)
         self.uses = PageUses(len(self.scheduler.slots), each, size, self.device.pages)
         pool = HostMemory(capacity_bytes=8 * size * host, argument="", page_bytes=8 * size, manifest={})
@@ -90,7 +75,7 @@ class GpuBench(Bench):
             end = self.cuda.Event()
             self.cuda.main.put(lambda: done.append(self.device.run(plan)))
             end.record(self.cuda.main)
-            self.transfers.launched(plan, SimpleNamespace(ended=end))  # type: ignore[arg-type]
+            self.transfers.launched(plan, end)
             self.flying.append(done)
         self.begin(self.moves.after())
         return plan

@@ -1,13 +1,18 @@
 """Which pages steps under way may use: none is forgotten, whatever slots are given meanwhile."""
 
 from array import array
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.messages.step import DRAFTS, TOKEN, StepPlan
+from engine.worker.runner import Runner
+from engine.worker.steps.copies import Copy
 from engine.worker.steps.uses import PageUses
 
 SLOTS, EACH, PAGE, PAGES = 3, 4, 2, 12
@@ -54,9 +59,25 @@ def test_a_row_of_drafts_may_use_all_pages_of_its_slot() -> None:
     assert busy(uses) == {5, 6, 7, 8}
 
 
-def test_a_copy_of_attention_looks_at_its_own_slots() -> None:
-    uses = PageUses(SLOTS, EACH, PAGE, PAGES, copy=1)
-    uses.launched(plan([(1, 0, 1), (SLOTS + 2, 0, 1)], [(1, 0, 5), (SLOTS + 2, 0, 6)]), End())
+class Recorded(End):
+    """An event of a device that is not there."""
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+
+    def record(self) -> None:
+        pass
+
+
+def test_a_copy_of_attention_looks_at_its_own_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its runner tells of each step that it launches."""
+    monkeypatch.setattr(torch.cuda, "Event", Recorded)
+    uses, ran = PageUses(SLOTS + 1, EACH, PAGE, PAGES), SimpleNamespace(moved=lambda _: None)
+    runner: Any = SimpleNamespace(
+        copy=Copy(1, 2, SLOTS), media=None, device=SimpleNamespace(type="cuda"), transfers=uses, _ahead_of=None,
+        _run=lambda *_: ran,
+    )  # fmt: skip
+    Runner.launch(runner, plan([(1, 0, 1), (SLOTS + 2, 0, 1)], [(1, 0, 5), (SLOTS + 2, 0, 6)]))
     assert busy(uses) == {6}
 
 
