@@ -81,7 +81,10 @@ class Groups:
                 group.peers.check(group.ranks)
 
     def leave(self) -> None:
-        """Ends the connections to the other ranks. Nothing may be under way."""
+        """Ends the connections to the other ranks. Nothing may be under way.
+
+        Whoever calls this ends by `os._exit`: a thread of gloo may still be about to give a tensor back to Python, and
+        aborts the process where the interpreter has begun to end (seen with torch 2.13.0)."""
         if self.mesh.size > 1:
             import torch.distributed as distributed
 

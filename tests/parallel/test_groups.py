@@ -47,6 +47,7 @@ def test_who_does_not_find_the_others_says_so(rendezvous: str, tmp_path: Path) -
 
 
 MEETING = """
+import os
 import sys
 import torch
 from engine.parallel.collectives import all_reduce
@@ -55,6 +56,7 @@ from engine.parallel.mesh import Mesh
 groups = join(Mesh(int(sys.argv[1]), tp=2), sys.argv[2], seconds=60)
 assert all_reduce(torch.ones(2), groups.along("tp")).tolist() == [2, 2]
 groups.leave()
+os._exit(0)
 """
 
 
