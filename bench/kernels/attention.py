@@ -1,4 +1,5 @@
-"""Attention kernels on one GPU beside their floor: decode in GB/s of keys and values read, prompts in TFLOP/s.
+"""Attention kernels on one GPU beside their floor: decode in GB/s of keys and values read, prompts in TFLOP/s, the last
+tokens of prompts in microseconds.
 
     python -m bench.kernels.attention [--sweep] [--backends triton,flashinfer]
 
@@ -22,7 +23,8 @@ from bench.lib.floors import BANDWIDTH
 from bench.lib.timing import graph_time
 from engine.errors import ConfigError
 from engine.kernels.attention import decode as decoding
-from engine.kernels.attention import extend as kernels
+from engine.kernels.attention import extend as extending
+from engine.kernels.attention.paged import Blocks, PagedShape
 from engine.layers.attention import AttentionShape, PagedAttention, Prefix
 from engine.layers.batch import Batch
 from engine.plugin.registry import Plugins, resolve
@@ -44,6 +46,7 @@ DECODES = (
     (256, 1024),
 )
 PROMPTS = ((1, 128), (1, 1024), (16, 1024), (4, 4096))
+TAILS = ((1, 2, 2048), (1, 16, 16384), (1, 144, 8192), (8, 144, 8192), (1, 512, 8192), (1, 144, 65536))
 DIM = 128
 
 
@@ -138,9 +141,36 @@ def bench_prompts(backends: list[str]) -> None:
         print(line, flush=True)
 
 
-def paged_shape(setting: Setting) -> kernels.PagedShape:
+def bench_tails(backends: list[str]) -> None:
+    """The last tokens of prompts whose beginning is cached; `whole` is Triton's kernel without a cut of contexts."""
+    print("\nlast tokens of prompts, us a layer, median (longest of 7); the floor in us, of what is read or done")
+    for model, (rows, tokens, cached) in product(HEADS, TAILS):
+        setting = Setting(HEADS[model], rows, cached + tokens, 16, torch.bfloat16)
+        work = 4 * setting.shape.query_heads * DIM * rows * tokens * (cached + tokens / 2)
+        floor = max(1e6 * setting.bytes / BANDWIDTH, work / 790e6)
+        line = f"{model:12} {f'{rows} x {tokens} behind {cached}':>24} {floor:>9.1f}"
+        for name in (*backends, "whole"):
+            times = tail_row(name, setting, tokens)
+            line += f"  {name}: -" if times is None else f"  {name}: {np.median(times):7.1f} ({max(times):7.1f})"
+        print(line, flush=True)
+
+
+def tail_row(name: str, setting: Setting, tokens: int) -> list[float] | None:
+    least, extending.LEAST_PIECE = extending.LEAST_PIECE, 1 << 30 if name == "whole" else extending.LEAST_PIECE
+    try:
+        backend = paged_backend("triton" if name == "whole" else name, setting)
+        if backend is None:
+            return None
+        batch = setting.batch(np.full(setting.rows, setting.length - tokens), np.full(setting.rows, tokens))
+        query, plan = setting.query(setting.rows * tokens), backend.prepare(batch)
+    finally:
+        extending.LEAST_PIECE = least
+    return [graph_time(lambda cache: backend.attend(query, cache, plan), setting.caches) for _ in range(7)]
+
+
+def paged_shape(setting: Setting) -> PagedShape:
     shape = setting.shape
-    return kernels.PagedShape(
+    return PagedShape(
         query_heads=shape.query_heads,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
@@ -177,13 +207,13 @@ def sweep_decode() -> None:
         settings = [Setting(HEADS[model], rows, length, 16, torch.bfloat16) for rows, length in works]
         print(f"\nTriton decode, {model}, us; positions, warps, stages, programs an SM", *works)
         for positions, warps, stages, each in cuts:
-            blocks = kernels.Blocks(queries=16, positions=positions, warps=warps, stages=stages)
+            blocks = Blocks(queries=16, positions=positions, warps=warps, stages=stages)
             teams = each * processors // HEADS[model][1]
             times = [tried(cut_decode, s, blocks, teams) for s in settings]
             print(f"{positions:>4} {warps:>2} {stages:>2} {each:>2}:", *(f"{took:8.1f}" for took in times), flush=True)
 
 
-def cut_decode(setting: Setting, blocks: kernels.Blocks, teams: int) -> float:
+def cut_decode(setting: Setting, blocks: Blocks, teams: int) -> float:
     batch, query, shape = setting.decode_batch(), setting.query(setting.rows), paged_shape(setting)
     rows = decoding.plan_decode(batch.slots, batch.row_starts, batch.row_offsets[:-1], shape, teams)
     out = torch.empty_like(query)
@@ -221,7 +251,7 @@ def sweep_prompts() -> None:
     settings = [Setting(HEADS[model], rows, length, 16, torch.bfloat16) for model, (rows, length) in works]
     print("\nTriton prompts, TFLOP/s; queries, positions, warps, stages", *works)
     for queries, positions, warps, stages in cuts:
-        blocks = kernels.Blocks(queries=queries, positions=positions, warps=warps, stages=stages)
+        blocks = Blocks(queries=queries, positions=positions, warps=warps, stages=stages)
         rates = [prompt_work(s) / tried(cut_extend, s, blocks) / 1e6 for s in settings]
         print(f"{queries:>4} {positions:>4} {warps:>2} {stages:>2}:", *(f"{rate:8.0f}" for rate in rates), flush=True)
 
@@ -231,19 +261,21 @@ def prompt_work(setting: Setting) -> float:
     return 4 * setting.shape.query_heads * DIM * setting.rows * setting.length * (setting.length + 1) / 2
 
 
-def cut_extend(setting: Setting, blocks: kernels.Blocks) -> float:
+def cut_extend(setting: Setting, blocks: Blocks) -> float:
     shape, query = paged_shape(setting), setting.query(setting.rows * setting.length)
     batch = setting.batch(np.zeros(setting.rows, np.int64), np.full(setting.rows, setting.length))
-    listed = kernels.list_extend_blocks(batch.starts, batch.lengths, blocks.queries // shape.group)
-    rows = kernels.ExtendRows(
-        blocks=torch.from_numpy(listed).to(DEVICE),
+    teams = extending.extend_teams(shape, DEVICE)
+    listed = extending.list_extend_tasks(batch.starts, batch.lengths, shape, blocks, teams)
+    rows = extending.ExtendRows(
+        tasks=torch.from_numpy(listed).to(DEVICE),
         slots=batch.slots,
         starts=batch.row_starts,
         offsets=batch.row_offsets,
+        scratch=extending.extend_scratch(shape, query.dtype, teams, DEVICE),
     )
     out, cache = torch.empty_like(query), setting.caches[0]
     return 1e3 * triton.testing.do_bench(
-        lambda: kernels.attend_extend(query, cache, setting.table, out, rows, shape, blocks),
+        lambda: extending.attend_extend(query, cache, setting.table, out, rows, shape, blocks),
         warmup=10,
         rep=40,
         return_mode="median",
@@ -257,6 +289,7 @@ def main() -> None:
     given = parser.parse_args()
     bench_decode(given.backends.split(","))
     bench_prompts(given.backends.split(","))
+    bench_tails(given.backends.split(","))
     bench_shared()
     if given.sweep:
         sweep_decode()

@@ -32,11 +32,12 @@ if TYPE_CHECKING:
     )
     from engine.kernels.attention.extend import (
         ExtendRows,
-        PagedShape,
         attend_extend,
         extend_blocks,
-        interpreted,
-        list_extend_blocks,
+        extend_scratch,
+        extend_teams,
+        list_extend_tasks,
+        most_extend_tasks,
     )
     from engine.kernels.attention.mla import (
         MlaDecodeRows,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
         mla_extend_cut,
     )
     from engine.kernels.attention.page_lists import list_pages
+    from engine.kernels.attention.paged import PagedShape, interpreted
     from engine.kernels.attention.pieces import Scratch
 
 __all__ = [
@@ -83,15 +85,18 @@ __all__ = [
     "dequantize",
     "expanded_cut",
     "extend_blocks",
+    "extend_scratch",
+    "extend_teams",
     "interpreted",
     "join_keys",
     "list_expanded",
-    "list_extend_blocks",
+    "list_extend_tasks",
     "list_mla_blocks",
     "list_pages",
     "list_shared",
     "mla_decode_teams",
     "mla_extend_cut",
+    "most_extend_tasks",
     "plan_decode",
     "quantize_blocks",
     "quantize_rows",
@@ -100,12 +105,16 @@ __all__ = [
 _IN_TRITON = {  # modules of engine.kernels.attention
     "decode": ("DecodeRows", "SharedRows", "attend_decode", "decode_teams", "list_shared", "plan_decode"),
     "expanded": ("ExpandedRows", "attend_expanded", "expanded_cut", "join_keys", "list_expanded"),
-    "extend": ("ExtendRows", "PagedShape", "attend_extend", "extend_blocks", "interpreted", "list_extend_blocks"),
+    "extend": (
+        *("ExtendRows", "attend_extend", "extend_blocks", "extend_scratch", "extend_teams", "list_extend_tasks"),
+        "most_extend_tasks",
+    ),
     "mla": (
         *("MlaDecodeRows", "MlaExtendRows", "MlaScratch", "MlaShape", "attend_mla_decode", "attend_mla_extend"),
         *("list_mla_blocks", "mla_decode_teams", "mla_extend_cut"),
     ),
     "page_lists": ("list_pages",),
+    "paged": ("PagedShape", "interpreted"),
     "pieces": ("Scratch",),
 }
 

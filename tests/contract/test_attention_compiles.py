@@ -7,7 +7,7 @@ import pytest
 import torch
 from hopper import MARKS, SHARED_MEMORY, bytes_spilled, compile_for_hopper, types_by_name
 
-from engine.kernels.attention import decode, extend
+from engine.kernels.attention import decode, extend, paged
 from engine.kernels.dense import triton as ops
 
 pytestmark = MARKS
@@ -17,7 +17,7 @@ TYPES = types_by_name({
     "*bf16": ("query", "cache", "out", "qkv", "key_norm", "query_norm", "cosines", "sines"),
     "*i64": ("slots", "positions", "tokens", "firsts", "counts", "tiles", "members", "starts", "offsets", "places"),
     "*fp32": ("partial", "maxima", "prefix_partial", "prefix_maxima"),
-    "*i32": ("page_table", "arrived", "blocks"),
+    "*i32": ("page_table", "arrived", "tasks"),
     "fp32": ("epsilon",),
 })  # fmt: skip
 CACHES = pytest.mark.parametrize(
@@ -32,18 +32,18 @@ def compiled(kernel: Any, constants: dict[str, Any], types: dict[str, str], spil
     assert bytes_spilled(made) <= spills
 
 
-def paged(window: int | None, fp8: bool) -> tuple[extend.PagedShape, dict[str, Any], dict[str, str]]:
+def setting(window: int | None, fp8: bool) -> tuple[paged.PagedShape, dict[str, Any], dict[str, str]]:
     """A shape, what kernels are compiled for, and the types that differ."""
-    shape = extend.PagedShape(query_heads=16, kv_heads=8, head_dim=128, page_size=16, scale=0.1, window=window)
+    shape = paged.PagedShape(query_heads=16, kv_heads=8, head_dim=128, page_size=16, scale=0.1, window=window)
     kind = torch.float8_e4m3fn if fp8 else BF16
     query, cache = torch.empty(1, 16, 128, dtype=BF16), torch.empty(1, 2, 16, 8, 128, dtype=kind)
-    return shape, extend.constants(shape, query, cache), {"cache": "*fp8e4nv"} if fp8 else {}
+    return shape, paged.constants(shape, query, cache), {"cache": "*fp8e4nv"} if fp8 else {}
 
 
 @pytest.mark.parametrize("rows", [8, 256])
 @CACHES
 def test_rows_of_one_token(window: int | None, fp8: bool, rows: int) -> None:
-    shape, fixed, types = paged(window, fp8)
+    shape, fixed, types = setting(window, fp8)
     blocks = decode.decode_blocks(shape, BF16, rows)
     most = {"maxnreg": 168} if rows > decode.FEW_ROWS else {}  # as three programs fit a processor
     usual = {"ROWS": max(16, rows), "QUERIES": blocks.queries, "POSITIONS": blocks.positions, "PREFIX_PIECES": 4}
@@ -55,7 +55,7 @@ def test_rows_of_one_token(window: int | None, fp8: bool, rows: int) -> None:
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 def test_shared_prefixes(fp8: bool) -> None:
-    shape, fixed, types = paged(None, fp8)
+    shape, fixed, types = setting(None, fp8)
     tile = decode.prefix_blocks(shape, BF16)
     cut = {"QUERIES": tile.queries, "POSITIONS": tile.positions, "PIECES": 4}
     compiled(decode.prefix_kernel, {**fixed, **cut}, types, num_warps=tile.warps, num_stages=tile.stages)
@@ -63,7 +63,7 @@ def test_shared_prefixes(fp8: bool) -> None:
 
 @CACHES
 def test_rows_of_several_tokens(window: int | None, fp8: bool) -> None:
-    shape, fixed, types = paged(window, fp8)
+    shape, fixed, types = setting(window, fp8)
     blocks = extend.extend_blocks(shape, BF16)
     cut = {"QUERIES": blocks.queries, "POSITIONS": blocks.positions}
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages}

@@ -235,3 +235,14 @@ def test_steps_that_mix_prompts_and_decode_rows_in_triton_agree_with_each_alone(
     case = AttentionCase(page_size=16, heads=(32, 8), head_dim=128, rows=((700, 1), (0, 300), (1, 1), (512, 129)))
     check("triton", case, torch.bfloat16)
     check("triton", dataclasses.replace(case, window=200), torch.bfloat16)
+
+
+@pytest.mark.parametrize("window", [None, 900])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_few_tokens_behind_a_long_context(name: str, dtype: torch.dtype, window: int | None) -> None:
+    """Whose blocks are cut into pieces, beside rows that are whole."""
+    rows = ((4000, 144), (2100, 2), (700, 1), (0, 40))
+    case = AttentionCase(page_size=16, heads=(32, 8), head_dim=128, rows=rows, window=window)
+    check(name, case, dtype)
+    check(name, dataclasses.replace(case, heads=(7, 1), rows=((3000, 16),)), dtype)

@@ -3,20 +3,25 @@ TRITON_INTERPRET is set before anything imports triton. float32 only: the interp
 
 The hybrid is here too, as its other half is Triton's."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_flashinfer_attention import stand_in
 from torch import Tensor
 
 from engine.kernels.attention import decode as decoding
-from engine.kernels.attention import extend as kernels
+from engine.kernels.attention import extend as extending
 from engine.kernels.attention.page_lists import BLOCK, PROGRAMS, list_pages
+from engine.kernels.attention.paged import Blocks, PagedShape
 from engine.kernels.attention.reference import list_pages as list_pages_reference
 from engine.layers import AttentionShape, Batch, Mirror, Prefix
+from engine.plugin import kernels as plugin_kernels
 from engine.plugin.testing import ATTENTION_CASES, AttentionCase, check_attention
 from engine_plugins.attention import hybrid
-from engine_plugins.attention.triton import mha
 from engine_plugins.attention.triton.mha import TritonAttention
 
 PIECES = AttentionCase(page_size=16, heads=(2, 1), head_dim=16, rows=((300, 1), (3, 1), (127, 1), (128, 1)))
@@ -31,7 +36,16 @@ def test_attention_is_that_of_the_definition(case: AttentionCase) -> None:
     check_attention(TritonAttention, case)
 
 
-SHAPE = kernels.PagedShape(query_heads=6, kv_heads=2, head_dim=16, page_size=4, scale=0.25, window=None)
+@pytest.mark.parametrize("window", [None, 60])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_attention_in_pieces_is_that_of_the_definition(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window that begins within a piece, pieces that some or all of a block's queries see nothing of."""
+    monkeypatch.setattr(extending, "LEAST_PIECE", 32)
+    case = AttentionCase(page_size=3, heads=(7, 1), head_dim=48, rows=((96, 6), (33, 1), (70, 2)), window=window)
+    check_attention(TritonAttention, case)
+
+
+SHAPE = PagedShape(query_heads=6, kv_heads=2, head_dim=16, page_size=4, scale=0.25, window=None)
 
 
 def definition(query: Tensor, cache: Tensor, line: Tensor, position: int) -> Tensor:
@@ -93,7 +107,7 @@ def test_rows_that_share_prefixes_attend_to_all_of_them() -> None:
 
 def test_a_prefix_may_have_fewer_blocks_than_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """And a step may leave its pieces where one of more rows does."""
-    cut = kernels.Blocks(queries=16, positions=64, warps=4, stages=1)
+    cut = Blocks(queries=16, positions=64, warps=4, stages=1)
     monkeypatch.setattr(decoding, "prefix_blocks", lambda shape, dtype: cut)
     torch.manual_seed(0)
     table = torch.randperm(300).to(torch.int32).view(3, 100)
@@ -114,21 +128,74 @@ def test_a_prefix_may_have_fewer_blocks_than_pieces(monkeypatch: pytest.MonkeyPa
         assert (out[row] - definition(query[row], cache, table[row], position)).abs().max() < 1e-5
 
 
-def test_blocks_cover_the_rows_of_several_tokens_and_the_longest_contexts_come_first() -> None:
+def test_tasks_cover_the_rows_of_several_tokens_and_those_with_most_to_read_come_first() -> None:
     starts, lengths = np.array([5, 0, 64, 7]), np.array([9, 1, 4, 8])
-    rows, blocks = kernels.list_extend_blocks(starts, lengths, 4)
-    assert sorted(zip(rows.tolist(), blocks.tolist(), strict=True)) == [(0, 0), (0, 1), (0, 2), (2, 0), (3, 0), (3, 1)]
-    ends = starts[rows] + 4 * blocks
-    assert ends.tolist() == sorted(ends.tolist(), reverse=True)
+    tasks = extending.list_extend_tasks(starts, lengths, SHAPE, BLOCKS, teams=8)
+    assert sorted(zip(*tasks[:2].tolist(), strict=True)) == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), *LATER]
+    spans = np.minimum(starts[tasks[0]] + 2 * tasks[1] + 2, (starts + lengths)[tasks[0]])
+    assert tasks[3].tolist() == sorted(tasks[3].tolist(), reverse=True) == (-(-spans // 32) * 32).tolist()
+    assert not tasks[[2, 4]].any(), "what is so short is whole"
 
 
-@pytest.mark.parametrize("kind", ["triton", "few tokens behind many", "hybrid"])
+BLOCKS = Blocks(queries=6, positions=32, warps=4, stages=1)  # of two tokens
+LATER = [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2), (3, 3)]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 20_000), st.integers(1, 40)), min_size=1, max_size=12),
+    st.integers(1, 40),
+    st.none() | st.integers(1, 9_000),
+)
+def test_pieces_are_all_of_a_block_and_lie_where_no_other_does(
+    rows: list[tuple[int, int]], teams: int, window: int | None
+) -> None:
+    starts, lengths = np.array(rows).T
+    shape = dataclasses.replace(SHAPE, window=window)
+    tasks = extending.list_extend_tasks(starts, lengths, shape, BLOCKS, teams)
+    by_block: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+    for row, block, *piece in zip(*tasks.tolist(), strict=True):
+        by_block.setdefault((row, block), []).append(tuple(piece))
+    assert set(by_block) == {(r, b) for r in range(len(rows)) if lengths[r] > 1 for b in range(-(-lengths[r] // 2))}
+    taken = []
+    for (row, block), pieces in by_block.items():
+        first = int(starts[row]) + 2 * block
+        end = min(first + 2, int(starts[row] + lengths[row]))
+        span = end - (0 if window is None else max(first + 1 - window, 0) // 32 * 32)
+        number, each, place = (list(column) for column in zip(*pieces, strict=True))
+        assert number == list(range(-(-span // each[0])))
+        assert len(set(each)) == 1 and each[0] % 32 == 0
+        assert len(pieces) == 1 or each[0] >= extending.LEAST_PIECE
+        assert place == list(range(place[0], place[0] + len(place)))
+        taken += place if len(place) > 1 else []
+    assert sorted(taken) == list(range(len(taken))) and len(taken) <= 2 * teams
+    assert tasks[3].tolist() == sorted(tasks[3].tolist(), reverse=True)
+    assert tasks.shape[1] <= teams or len(by_block) >= teams
+    assert tasks.shape[1] <= extending.most_extend_tasks(int(lengths.sum()), len(rows), 2, teams)
+
+
+def test_the_few_tokens_behind_a_long_context_are_cut_for_the_whole_device() -> None:
+    """In blocks of 32 tokens for 16 teams: 144 behind 8,192 are five blocks, each in three pieces. Beside many blocks a
+    long one is cut to a team's share of all, and longer ones where none is much longer are whole."""
+    cut = dataclasses.replace(BLOCKS, queries=96, positions=64)
+    few = extending.list_extend_tasks(np.array([8192]), np.array([144]), SHAPE, cut, teams=16)
+    assert few.shape[1] == 15 and set(few[3]) == {2752, 2816}
+    many = extending.list_extend_tasks(np.array([16384, 0]), np.array([32, 640]), SHAPE, cut, teams=16)
+    assert many.shape[1] == 20 + 11 and many[3, 0] == 1536
+    assert many[0, :11].tolist() == [0] * 11, "the longest come first"
+    alike = extending.list_extend_tasks(np.array([8192]), np.array([1024]), SHAPE, cut, teams=16)
+    assert alike.shape[1] == 32
+
+
+@pytest.mark.parametrize("kind", ["triton", "in pieces", "hybrid"])
 def test_one_prompt_plan_serves_steps_of_other_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a CUDA graph: rows of one token and of several, fewer than there is room for. With the hybrid, Triton's
     kernel has the leading rows of one token and a stand-in for FlashInfer's FA3 the others."""
-    if kind == "few tokens behind many":
-        monkeypatch.setattr(mha, "LONG", 2)
-        monkeypatch.setattr(mha, "FEW_TOKENS", 6)
+    if kind == "in pieces":
+        monkeypatch.setattr(extending, "LEAST_PIECE", 4)
+        cut = Blocks(queries=8, positions=4, warps=4, stages=1)
+        for where in (extending, plugin_kernels):
+            monkeypatch.setattr(where, "extend_blocks", lambda *_: cut)
     shape = AttentionShape(layers=1, query_heads=4, kv_heads=2, head_dim=16, scale=0.25)
     if kind == "hybrid":
         modules = stand_in(monkeypatch)
@@ -148,7 +215,7 @@ def test_one_prompt_plan_serves_steps_of_other_rows(kind: str, monkeypatch: pyte
     )  # fmt: skip
     plan = backend.capture_prompts(batch)
     backend.refill_prompts(plan, nothing, nothing, np.zeros(1, np.int64))
-    seen = []
+    seen, cut_rows = [], 0
     for rows in (
         [(2, 7, 5), (0, 30, 1), (1, 0, 3)],
         [(3, 17, 1)],
@@ -178,12 +245,12 @@ def test_one_prompt_plan_serves_steps_of_other_rows(kind: str, monkeypatch: pyte
                 scores = torch.einsum("hd,khd->hk", query[at].double(), key) * 0.25
                 wanted = torch.einsum("hk,khd->hd", scores.softmax(-1), value)
                 assert (out[at] - wanted).abs().max() < 1e-5, (rows, row, offset)
-    cut = {
-        "triton": [1, 1, 0, 2, 2, 0, 1, 1],
-        "few tokens behind many": [1, 1, 0, 2, 2, 3, 3, 1],  # the last step has more than there are rows
-        "hybrid": [0, 1, 0, 2, 1, 0, 0, 0],
-    }
-    assert seen == cut[kind], "tokens that are rows of their own"
+        if kind == "in pieces":
+            assert not backend._pieces.arrived.any()
+            cut_rows += int((plan.extend.tasks[2] > 0).sum())
+    assert cut_rows > 20 if kind == "in pieces" else cut_rows == 0
+    alone = [0, 1, 0, 2, 1, 0, 0, 0] if kind == "hybrid" else [1, 1, 0, 2, 2, 0, 1, 1]
+    assert seen == alone, "rows of one token"
     if kind == "hybrid":
         ones = [int((terms["queries"].diff() > 0).sum()) for terms in modules["fa3"].plans]
         assert ones == [0, 3, 0, 1, 1, 2, 1, 2, 2], "rows that are FA3's"

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.attention.extend import (
+from engine.kernels.attention.paged import (
     Blocks,
     PagedShape,
     add_block,
@@ -40,7 +40,7 @@ from engine.kernels.attention.extend import (
     scaled_query,
     score_block,
 )
-from engine.kernels.attention.pieces import Scratch, begin_piece, end_piece
+from engine.kernels.attention.pieces import Scratch, begin_piece, end_piece, nothing_seen
 from engine.kernels.launch import launch_dependents, wait_for_previous
 from engine.kernels.types import Prefix
 
@@ -126,7 +126,8 @@ def plan_decode(
     large enough; plans may share it, as their kernels run one after the other."""
     rows = len(slots)
     if scratch is None or len(scratch.partial) < 2 * teams or len(scratch.arrived) < rows:
-        scratch = Scratch.of(teams, rows, shape, slots.device)
+        each = (shape.kv_heads, shape.group, shape.head_dim)
+        scratch = Scratch.of(2 * teams, rows, each, slots.device)  # a team ends one row, and begins one, in the midst
     return DecodeRows(slots=slots, positions=positions, tokens=tokens, scratch=scratch, teams=teams, shared=shared)
 
 
@@ -340,9 +341,7 @@ def prefix_kernel(
         lines = token * query_stride + (head * GROUP + i % GROUP) * DIM
         inside = is_row[:, None] & (d < DIM)[None, :]
         q, size = scaled_query(tl.load(query + lines[:, None] + d[None, :], mask=inside, other=0.0), FP8)
-        largest = tl.full([QUERIES], float("-inf"), tl.float32)
-        total = tl.zeros([QUERIES], tl.float32)
-        summed = tl.zeros([QUERIES, DIM_BLOCK], tl.float32)
+        largest, total, summed = nothing_seen(i, d)
         page = tl.load(line + tl.maximum(tl.minimum(first + n, past - 1), 0) // PAGE_SIZE)
         for begin in tl.range(first, past, POSITIONS):
             key, value = load_block(

@@ -1,14 +1,18 @@
-"""What paged attention kernels in Triton have in common, and the one for rows of several tokens.
+"""Attention of rows of several tokens over a paged KV cache, in Triton.
 
-All compute what `attend` in reference.py does: query i of a row at position p = start + i sees the cached
-positions max(0, p + 1 - window) .. p, all heads of a group share a key head, scores are in float32 and softmax is
-taken online (arXiv:1805.02867). Keys and values are read where they lie: position n of a slot is at page
-page_table[slot, n // page_size]. The query heads of one key head are rows of one matrix, so that keys are read once.
+A program has a key head and a task. A task is a block of a row's tokens with all that they see, or with a piece of it:
 
-**Extend** has a program for each key head and block of queries, listed on the host; longest contexts come first.
-Rows of one token are decode.py's.
+    a row              | 8,192 cached                       | 144 new   |
+    blocks of tokens                                        |0|1|2|3|4|
+    tasks of block 4   | piece 0   | piece 1   | piece 2          |
 
-Left out: soft caps, sinks, tree masks, a cut of the context of short extensions, latent attention.
+A block has some dozens of tokens, so the few new tokens behind a long context make few blocks, whose programs would
+read all of it while most of the device has nothing to do. Such contexts are cut into pieces (as in Flash-Decoding,
+Dao et al. 2023), all of one length in a step. Who finishes the last piece of a block sums up all of them; there is no
+second kernel. A block's bits depend on the step, since the length does.
+
+The host lists the tasks, those with most to read first. A CUDA graph reads the list, so one graph serves steps of any
+rows. Left out: rows of one token, which are decode.py's.
 """
 
 from dataclasses import dataclass
@@ -18,50 +22,32 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
+from engine.kernels.attention.paged import (
+    Blocks,
+    PagedShape,
+    add_block,
+    constants,
+    load_block,
+    scaled_query,
+    score_block,
+    sees,
+)
+from engine.kernels.attention.pieces import Scratch, add_piece, nothing_seen, publish
 from engine.kernels.launch import launch_dependents, wait_for_previous
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PagedShape:
-    """What is compiled into a kernel. `scale` multiplies the scores."""
-
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    page_size: int
-    scale: float
-    window: int | None
-
-    @property
-    def group(self) -> int:
-        return self.query_heads // self.kv_heads
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Blocks:
-    """How a kernel is cut: rows of queries and positions at a time, warps, copies in flight."""
-
-    queries: int
-    positions: int
-    warps: int
-    stages: int
+LEAST_PIECE = 512  # positions: shorter ones cost more to sum up than they save
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtendRows:
-    """Rows of several tokens in B blocks of queries."""
+    """Rows of several tokens, as N tasks."""
 
-    blocks: Tensor  # [2, B] int32 or int64: the row, and which of its blocks; block 0 of an empty row is nothing
+    tasks: Tensor  # [5, N] int32 or int64, as list_extend_tasks gives them; zeros for an empty row are nothing to do
     slots: Tensor  # [R] int64
     starts: Tensor  # [R] int64
     offsets: Tensor  # [R + 1] int64
-
-
-def interpreted() -> bool:
-    """Whether TRITON_INTERPRET was set when this module was imported: kernels run on the CPU, slowly."""
-    return isinstance(extend_kernel, InterpretedFunction)
+    scratch: Scratch
 
 
 def extend_blocks(shape: PagedShape, dtype: torch.dtype) -> Blocks:
@@ -74,14 +60,64 @@ def extend_blocks(shape: PagedShape, dtype: torch.dtype) -> Blocks:
     return Blocks(queries=max(128, group), positions=64, warps=8, stages=3)
 
 
-def list_extend_blocks(starts: np.ndarray, lengths: np.ndarray, tokens: int) -> np.ndarray:
-    """[2, B] int32: row and number of each block of `tokens` tokens of rows longer than 1; longest contexts first."""
-    rows = np.flatnonzero(lengths > 1)
+def extend_teams(shape: PagedShape, device: torch.device) -> int:
+    """Tasks whose programs the device runs at once: a processor has room for one program."""
+    if device.type == "cpu":
+        return 8
+    return max(1, torch.cuda.get_device_properties(device).multi_processor_count // shape.kv_heads)
+
+
+def extend_scratch(shape: PagedShape, dtype: torch.dtype, teams: int, device: torch.device) -> Scratch:
+    """For the pieces of any step that list_extend_tasks cuts for `teams`."""
+    lines = extend_blocks(shape, dtype).queries
+    return Scratch.of(2 * teams, 2 * teams, (shape.kv_heads, lines, shape.head_dim), device)
+
+
+def most_extend_tasks(tokens: int, rows: int, block_tokens: int, teams: int) -> int:
+    """Those of a step of `tokens` in `rows` at most."""
+    return -(-tokens // block_tokens) + rows + teams
+
+
+def list_extend_tasks(
+    starts: np.ndarray, lengths: np.ndarray, shape: PagedShape, blocks: Blocks, teams: int
+) -> np.ndarray:
+    """Tasks of the rows longer than 1, [5, N] int32: the row; which of its blocks; which piece of what the block sees;
+    positions of a piece; where it is left, if it is not the only one. Pieces of a block are left next to each other, in
+    the first 2 * teams places."""
+    rows, tokens = np.flatnonzero(lengths > 1), blocks.queries // shape.group
     counts = -(-lengths[rows] // tokens)
     row = np.repeat(rows, counts)
-    block = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-    order = np.argsort(-(starts[row] + block * tokens), kind="stable")
-    return np.ascontiguousarray(np.stack((row, block))[:, order], np.int32)
+    block = _numbered(counts)
+    first = starts[row] + block * tokens
+    ends = np.minimum(first + tokens, starts[row] + lengths[row])
+    seen_from = 0 if shape.window is None else np.maximum(first + 1 - shape.window, 0)
+    spans = ends - seen_from // blocks.positions * blocks.positions
+    each = -(-spans // count_pieces(spans, teams))
+    each = -(-each // blocks.positions) * blocks.positions
+    pieces = -(-spans // each)
+    order = np.argsort(-each, kind="stable")
+    listed = np.repeat(order, pieces[order])
+    cut = pieces[listed] > 1
+    tasks = (row[listed], block[listed], _numbered(pieces[order]), each[listed], np.where(cut, np.cumsum(cut) - 1, 0))
+    return np.stack(tasks).astype(np.int32)
+
+
+def _numbered(counts: np.ndarray) -> np.ndarray:
+    """0 .. n - 1 for each n of `counts`, end to end."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def count_pieces(spans: np.ndarray, teams: int) -> np.ndarray:
+    """Into how many pieces contexts of `spans` positions are cut. Those of fewer contexts than teams are as many and as
+    even as the teams can take at once. Of more contexts, one that is much longer than a team's share is cut to that."""
+    most = np.maximum(spans // LEAST_PIECE, 1)
+    if len(spans) >= teams:
+        share = -(-int(spans.sum()) // teams)
+        return np.clip((2 * spans + share) // (2 * share), 1, most)
+    longest = -(-spans.max(initial=1) // np.arange(1, teams - len(spans) + 2))
+    tried = np.minimum(-(-spans // longest[:, None]), most)
+    found: np.ndarray = tried[np.flatnonzero(tried.sum(1) <= teams)[-1]]
+    return found
 
 
 def attend_extend(
@@ -91,110 +127,24 @@ def attend_extend(
     """Attends with the tokens of `rows`. `query`, `out` [T, query_heads, head_dim], the last dimension dense, `out`
     in query's dtype; `cache` [pages, 2, page_size, kv_heads, head_dim] of that dtype or float8_e4m3fn, each page dense
     and the next any stride away; `page_table` [slots, P] int32."""
-    blocks = blocks or extend_blocks(shape, query.dtype)
-    extend_kernel[(shape.kv_heads, rows.blocks.shape[1])](
+    blocks, scratch = blocks or extend_blocks(shape, query.dtype), rows.scratch
+    extend_kernel[(shape.kv_heads, rows.tasks.shape[1])](
         query, cache, page_table, out,
-        rows.blocks, rows.slots, rows.starts, rows.offsets, rows.blocks.shape[1],
-        query.stride(0), out.stride(0), page_table.stride(0),
+        rows.tasks, rows.slots, rows.starts, rows.offsets, scratch.partial, scratch.maxima, scratch.arrived,
+        rows.tasks.shape[1], len(scratch.partial), query.stride(0), out.stride(0), page_table.stride(0),
         **constants(shape, query, cache),
         QUERIES=blocks.queries, POSITIONS=blocks.positions,
         num_warps=blocks.warps, num_stages=blocks.stages, **launch_dependents(query),
     )  # fmt: skip
 
 
-def constants(shape: PagedShape, query: Tensor, cache: Tensor) -> dict[str, object]:
-    """What both kinds of kernels are compiled for."""
-    assert query.stride(1) == shape.head_dim and query.stride(2) == 1, f"a query of strides {query.stride()}"
-    return {
-        "SCALE": shape.scale * 1.4426950408889634,  # exponentials are of base 2
-        "KV_HEADS": shape.kv_heads,
-        "GROUP": shape.group,
-        "DIM": shape.head_dim,
-        "DIM_BLOCK": triton.next_power_of_2(shape.head_dim),
-        "PAGE_SIZE": shape.page_size,
-        "PAGE_STRIDE": cache.stride(0),
-        "WINDOW": shape.window or 0,
-        "PRECISION": "ieee" if query.dtype == torch.float32 else None,
-        "FP8": cache.dtype == torch.float8_e4m3fn,
-    }
-
-
-@triton.jit
-def online_softmax(scores, largest, total):
-    """One block more: (exponentials, what earlier sums are multiplied with, new maximum, new sum), per query."""
-    new = tl.maximum(largest, tl.max(scores, 1))
-    anchor = tl.where(new == float("-inf"), 0.0, new)  # a query that has seen nothing yet
-    exponentials = tl.exp2(scores - anchor[:, None])
-    rescale = tl.exp2(largest - anchor)
-    return exponentials, rescale, new, total * rescale + tl.sum(exponentials, 1)
-
-
-@triton.jit
-def scaled_query(q, FP8: tl.constexpr):
-    """`q` [queries, dim] in the type that it meets keys in, and what its scores are then multiplied with. Beside an FP8
-    cache that type is float16, to which the hardware converts; no query is too large for it once divided by its
-    largest."""
-    size = tl.full([q.shape[0]], 1.0, tl.float32)
-    if FP8:
-        size = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1e-30)
-        q = (q.to(tl.float32) / size[:, None]).to(tl.float16)
-    return q, size
-
-
-@triton.jit
-def score_block(q, size, key, SCALE: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr):
-    """Scores [queries, positions], of exponentials to base 2."""
-    scores = tl.dot(q, tl.trans(key.to(q.dtype)), input_precision=PRECISION) * SCALE
-    if FP8:
-        scores = scores * size[:, None]
-    return scores
-
-
-@triton.jit
-def add_block(q, scores, value, largest, total, summed, PRECISION: tl.constexpr):
-    """One block of values more: largest score, sum of exponentials and of weighted values, per query."""
-    weights, rescale, largest, total = online_softmax(scores, largest, total)
-    summed = summed * rescale[:, None]
-    summed = tl.dot(weights.to(q.dtype), value.to(q.dtype), summed, input_precision=PRECISION)
-    return largest, total, summed
-
-
-@triton.jit
-def load_block(
-    keys,
-    page,
-    n,
-    d,
-    KV_HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_BLOCK: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    PAGE_STRIDE: tl.constexpr,
-):
-    """Keys and values [positions, DIM_BLOCK] at positions `n` of a slot, which are in pages `page`."""
-    place = page.to(tl.int64) * PAGE_STRIDE + (n % PAGE_SIZE) * (KV_HEADS * DIM)
-    pointers = keys + place[:, None] + d[None, :]
-    values = pointers + PAGE_SIZE * KV_HEADS * DIM
-    if DIM == DIM_BLOCK:
-        key, value = tl.load(pointers), tl.load(values)
-    else:
-        inside = (d < DIM)[None, :]
-        key, value = tl.load(pointers, mask=inside, other=0.0), tl.load(values, mask=inside, other=0.0)
-    return key, value
-
-
-@triton.jit
-def sees(position, n, WINDOW: tl.constexpr):
-    """Whether queries at `position` see positions `n`: [queries, positions]."""
-    seen = n[None, :] <= position[:, None]
-    if WINDOW > 0:
-        seen = seen & (n[None, :] > position[:, None] - WINDOW)
-    return seen
-
-
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["blocks", "slots", "starts", "offsets"])
+@triton.jit(
+    do_not_specialize=["count", "most_pieces"],
+    do_not_specialize_on_alignment=["tasks", "slots", "starts", "offsets", "arrived"],
+)
 def extend_kernel(
-    query, cache, page_table, out, blocks, slots, starts, offsets, count, query_stride, out_stride, table_stride,
+    query, cache, page_table, out, tasks, slots, starts, offsets, partial, maxima, arrived,
+    count, most_pieces, query_stride, out_stride, table_stride,
     SCALE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     PAGE_SIZE: tl.constexpr, PAGE_STRIDE: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
     FP8: tl.constexpr,
@@ -202,8 +152,9 @@ def extend_kernel(
 ):  # fmt: skip
     """Line i of the queries' matrix is token i // GROUP of the block, query head i % GROUP of the group."""
     TOKENS: tl.constexpr = QUERIES // GROUP
-    head, task = tl.program_id(0), tl.program_id(1)
-    row, block = tl.load(blocks + task).to(tl.int32), tl.load(blocks + count + task).to(tl.int32)
+    head, task = tl.program_id(0), tasks + tl.program_id(1)
+    row, block = tl.load(task).to(tl.int32), tl.load(task + count).to(tl.int32)
+    piece, each = tl.load(task + 2 * count).to(tl.int32), tl.load(task + 3 * count).to(tl.int32)
     start, offset = tl.load(starts + row).to(tl.int32), tl.load(offsets + row)
     length = (tl.load(offsets + row + 1) - offset).to(tl.int32)
     line = page_table + tl.load(slots + row) * table_stride
@@ -219,21 +170,42 @@ def extend_kernel(
     seen_from = 0
     if WINDOW > 0:
         seen_from = tl.maximum(first + 1 - WINDOW, 0) // POSITIONS * POSITIONS
-    clear = first // POSITIONS * POSITIONS if WINDOW == 0 else seen_from  # all queries see all before
-    largest = tl.full([QUERIES], float("-inf"), tl.float32)
-    total = tl.zeros([QUERIES], tl.float32)
-    summed = tl.zeros([QUERIES, DIM_BLOCK], tl.float32)
-    keys = cache + head * DIM
-    n = seen_from + tl.arange(0, POSITIONS)
+    begin = seen_from + piece * each
+    past = tl.minimum(begin + each, end)
+    clear = begin  # up to here all queries see all
+    if WINDOW == 0:
+        clear = tl.maximum(tl.minimum(first // POSITIONS * POSITIONS, past), begin)
+    largest, total, summed = attend_task(
+        q, size, cache + head * DIM, line, start + within, begin, clear, past, end, i, d,
+        SCALE, KV_HEADS, DIM, DIM_BLOCK, PAGE_SIZE, PAGE_STRIDE, WINDOW, PRECISION, FP8, POSITIONS,
+    )  # fmt: skip
+    target = out + (token * out_stride + heads)[:, None] + d[None, :]
+    end_task(
+        partial, maxima, arrived, target, inside, largest, total, summed, i, d, task + 4 * count, piece,
+        tl.cdiv(end - seen_from, tl.maximum(each, 1)), head, tl.minimum(TOKENS, length - block * TOKENS) * GROUP,
+        most_pieces, KV_HEADS, DIM, QUERIES,
+    )  # fmt: skip
+
+
+@triton.jit
+def attend_task(
+    q, size, keys, line, position, begin, clear, past, end, i, d,
+    SCALE: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, PAGE_STRIDE: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    FP8: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """What queries at `position` see from `begin` to `past`, all of them all before `clear`; `end` ends the block. The
+    pages of a block of positions are looked up while the one before computes."""
+    largest, total, summed = nothing_seen(i, d)
+    n = begin + tl.arange(0, POSITIONS)
     page = tl.load(line + tl.minimum(n, end - 1) // PAGE_SIZE)
-    for _ in tl.range(seen_from, clear, POSITIONS):
+    for _ in tl.range(begin, clear, POSITIONS):
         key, value = load_block(keys, page, n, d, KV_HEADS, DIM, DIM_BLOCK, PAGE_SIZE, PAGE_STRIDE)
         n += POSITIONS
         page = tl.load(line + tl.minimum(n, end - 1) // PAGE_SIZE)
         scores = score_block(q, size, key, SCALE, PRECISION, FP8)
         largest, total, summed = add_block(q, scores, value, largest, total, summed, PRECISION)
-    position = start + within
-    for _ in tl.range(clear, end, POSITIONS):
+    for _ in tl.range(clear, past, POSITIONS):
         key, value = load_block(keys, page, tl.minimum(n, end - 1), d, KV_HEADS, DIM, DIM_BLOCK, PAGE_SIZE, PAGE_STRIDE)
         scores = score_block(q, size, key, SCALE, PRECISION, FP8)
         seen = sees(position, n, WINDOW)
@@ -241,5 +213,28 @@ def extend_kernel(
         page = tl.load(line + tl.minimum(n, end - 1) // PAGE_SIZE)
         scores = tl.where(seen, scores, float("-inf"))
         largest, total, summed = add_block(q, scores, value, largest, total, summed, PRECISION)
-    target = out + (token * out_stride + heads)[:, None] + d[None, :]
-    tl.store(target, summed / total[:, None], mask=inside)
+    return largest, total, summed
+
+
+@triton.jit
+def end_task(
+    partial, maxima, arrived, target, inside, largest, total, summed, i, d, place, piece, pieces, head, lines,
+    most_pieces, KV_HEADS: tl.constexpr, DIM: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """Stores a block's result at `target` if the task is all of it; else leaves a piece of the queries `i` below
+    `lines` at `place`, and who leaves the last one stores the result."""
+    if pieces <= 1:
+        tl.store(target, summed / total[:, None], mask=inside)
+    else:
+        units, unit = most_pieces * KV_HEADS * QUERIES, tl.load(place).to(tl.int32) * KV_HEADS + head
+        opener = unit - piece * KV_HEADS  # the first piece of the block and key head
+        publish(partial, maxima, unit * QUERIES, units, i, d, lines, largest, total, summed, DIM)
+        if tl.atomic_add(arrived + opener, 1, sem="acq_rel") == pieces - 1:
+            tl.store(arrived + opener, 0)
+            largest, total, summed = nothing_seen(i, d)
+            for other in range(0, pieces):
+                unit = (opener + other * KV_HEADS) * QUERIES
+                largest, total, summed = add_piece(
+                    partial, maxima, unit, units, i, d, lines, largest, total, summed, DIM
+                )  # fmt: skip
+            tl.store(target, summed / total[:, None], mask=inside)

@@ -1,12 +1,12 @@
-"""Pieces of a row: what several programs of the decode kernel compute of one context, and how they are put together.
+"""Pieces: what several programs compute of one context, and how they are put together.
 
     blocks of a row   | piece of team 4 | piece of team 5 | piece of team 6 |
     left behind         partial sums      partial sums      partial sums
     the last to leave                                       reads them all, stores the result
 
 A piece is three numbers or vectors a query: the largest score, the sum of exponentials, the sum of values weighed by
-them. A row of one piece leaves nothing behind. What the prefix kernel computed is a piece as well, with which a row's
-first one begins. Left out: which blocks a piece is made of (decode.py).
+them. A context of one piece leaves nothing behind. What the prefix kernel computed is a piece as well, with which a
+row's first one begins. Left out: what a piece is made of (decode.py, extend.py).
 """
 
 from dataclasses import dataclass
@@ -16,26 +16,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.attention.extend import PagedShape
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scratch:
-    """What pieces of rows give, between the programs of the decode kernel. A team leaves two pieces at most: one of a
-    row that it did not begin, one of a row that it did not end."""
+    """What pieces give, between the programs of a kernel. A piece has L queries of each key head."""
 
-    partial: Tensor  # [2 * teams, kv_heads, group, head_dim] float32
-    maxima: Tensor  # [2, 2 * teams, kv_heads, group] float32: largest score, sum of exponentials
-    arrived: Tensor  # [rows, kv_heads] int32: pieces done; zeros between launches
+    partial: Tensor  # [pieces, kv_heads, L, head_dim] float32
+    maxima: Tensor  # [2, pieces, kv_heads, L] float32: largest score, sum of exponentials
+    arrived: Tensor  # [sums, kv_heads] int32: pieces done; zeros between launches
 
     @classmethod
-    def of(cls, teams: int, rows: int, shape: PagedShape, device: torch.device) -> "Scratch":
-        heads = (shape.kv_heads, shape.group)
+    def of(cls, pieces: int, sums: int, each: tuple[int, int, int], device: torch.device) -> "Scratch":
+        """For so many `pieces` of so many `sums`, `each` of (kv_heads, L, head_dim)."""
         return cls(
-            partial=torch.empty(2 * teams, *heads, shape.head_dim, device=device),
-            maxima=torch.empty(2, 2 * teams, *heads, device=device),
-            arrived=torch.zeros(rows, shape.kv_heads, dtype=torch.int32, device=device),
+            partial=torch.empty(pieces, *each, device=device),
+            maxima=torch.empty(2, pieces, *each[:2], device=device),
+            arrived=torch.zeros(sums, each[0], dtype=torch.int32, device=device),
         )
+
+
+@triton.jit
+def nothing_seen(i, d):
+    """Largest score, sum of exponentials, values [i, d], where queries `i` have seen nothing yet."""
+    summed = tl.zeros([i.shape[0], d.shape[0]], tl.float32)
+    return tl.full(i.shape, float("-inf"), tl.float32), tl.zeros(i.shape, tl.float32), summed
 
 
 @triton.jit
@@ -45,9 +49,7 @@ def begin_piece(
 ):  # fmt: skip
     """What a piece begins with: nothing, or if SHARED and it is a row's first, what the prefix kernel left for the row
     and key head. Largest score, sum of exponentials, values [QUERIES, DIM_BLOCK]."""
-    largest = tl.full(g.shape, float("-inf"), tl.float32)
-    total = tl.zeros(g.shape, tl.float32)
-    summed = tl.zeros([g.shape[0], d.shape[0]], tl.float32)
+    largest, total, summed = nothing_seen(g, d)
     if SHARED:
         largest, total, summed = add_prefix(
             partial, maxima, counts, count, row, head, own, at, earlier, g, d, largest, total, summed,
@@ -62,20 +64,27 @@ def add_prefix(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """Adds what the prefix kernel left, where the piece is the row's first."""
-    inside = (g < GROUP)[:, None] & (d < DIM)[None, :]
     cut = tl.load(counts + 1).to(tl.int32)
     units = PIECES * count * KV_HEADS * GROUP
     for prefix in range(0, tl.where((own > 0) & (at == earlier), cut, 0)):
-        unit = ((prefix * count + row) * KV_HEADS + head) * GROUP + g
-        part = tl.load(partial + unit[:, None] * DIM + d[None, :], mask=inside, other=0.0)
-        top = tl.load(maxima + unit, mask=g < GROUP, other=0.0)
-        part_total = tl.load(maxima + units + unit, mask=g < GROUP, other=0.0)
-        new = tl.maximum(largest, top)
-        weight, rescale = tl.exp2(top - new), tl.exp2(largest - new)
-        total = total * rescale + part_total * weight
-        summed = summed * rescale[:, None] + part * weight[:, None]
-        largest = new
+        unit = ((prefix * count + row) * KV_HEADS + head) * GROUP
+        largest, total, summed = add_piece(partial, maxima, unit, units, g, d, GROUP, largest, total, summed, DIM)
     return largest, total, summed
+
+
+@triton.jit
+def add_piece(partial, maxima, unit, units, i, d, lines, largest, total, summed, DIM: tl.constexpr):
+    """Adds the piece at `unit` to a sum of pieces, for the queries `i` below `lines`; others see nothing in it. Reads
+    past the first-level cache, which may hold what was there before another program wrote."""
+    there = i < lines
+    inside = there[:, None] & (d < DIM)[None, :]
+    part = tl.load(partial + (unit + i[:, None]) * DIM + d[None, :], mask=inside, other=0.0, cache_modifier=".cg")
+    top = tl.load(maxima + unit + i, mask=there, other=float("-inf"), cache_modifier=".cg")
+    part_total = tl.load(maxima + units + unit + i, mask=there, other=0.0, cache_modifier=".cg")
+    new = tl.maximum(largest, top)
+    anchor = tl.where(new == float("-inf"), 0.0, new)
+    weight, rescale = tl.exp2(top - anchor), tl.exp2(largest - anchor)
+    return new, total * rescale + part_total * weight, summed * rescale[:, None] + part * weight[:, None]
 
 
 @triton.jit
@@ -93,7 +102,7 @@ def end_piece(
     else:
         units = 2 * teams * KV_HEADS * GROUP
         unit = ((2 * team + (at == earlier).to(tl.int32)) * KV_HEADS + head) * GROUP
-        publish(partial, maxima, unit, units, g, d, largest, total, summed, GROUP, DIM)
+        publish(partial, maxima, unit, units, g, d, GROUP, largest, total, summed, DIM)
         opener = earlier // range_length  # the team that begins the row
         pieces = (row_end - 1) // range_length - opener + 1
         done = tl.atomic_add(arrived + row * KV_HEADS + head, 1, sem="acq_rel")
@@ -106,13 +115,13 @@ def end_piece(
 
 
 @triton.jit
-def publish(partial, maxima, unit, units, g, d, largest, total, summed, GROUP: tl.constexpr, DIM: tl.constexpr):
-    """Leaves a piece for whoever sums up the row. All stores of this program come before the count that follows, which
-    publishes them."""
-    inside = (g < GROUP)[:, None] & (d < DIM)[None, :]
-    tl.store(partial + (unit + g[:, None]) * DIM + d[None, :], summed, mask=inside)
-    tl.store(maxima + unit + g, largest, mask=g < GROUP)
-    tl.store(maxima + units + unit + g, total, mask=g < GROUP)
+def publish(partial, maxima, unit, units, i, d, lines, largest, total, summed, DIM: tl.constexpr):
+    """Leaves a piece, the queries `i` below `lines`, for whoever sums up. All stores of this program come before the
+    count that follows, which publishes them."""
+    inside = (i < lines)[:, None] & (d < DIM)[None, :]
+    tl.store(partial + (unit + i[:, None]) * DIM + d[None, :], summed, mask=inside)
+    tl.store(maxima + unit + i, largest, mask=i < lines)
+    tl.store(maxima + units + unit + i, total, mask=i < lines)
     tl.debug_barrier()
 
 
@@ -147,8 +156,7 @@ def add_pieces(
     GROUP: tl.constexpr, DIM: tl.constexpr, GROUP_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds pieces to a sum of pieces: largest score, sum of exponentials, values [GROUP_BLOCK, DIM_BLOCK]. A piece and
-    key head is at `places`, if `real`. Reads past the first-level cache, which may hold what was there before another
-    program wrote."""
+    key head is at `places`, if `real`."""
     g, d = tl.arange(0, GROUP_BLOCK), tl.arange(0, DIM_BLOCK)
     there = real[:, None] & (g < GROUP)[None, :]
     at = places.to(tl.int64)[:, None] * GROUP + g[None, :]

@@ -1,12 +1,8 @@
 """Paged attention in Triton, for GPUs: keys and values are read where they lie, for any page size and head size.
 
-Rows of one token go to a kernel that cuts long contexts among programs, others to one that cuts prompts into blocks
-(engine/kernels/attention/decode.py, extend.py). Decode steps can be captured: of their plan nothing comes
-from the host but which rows share a prefix.
-
-The few last tokens of a prompt whose beginning is cached make one block, so one program would read all of the context.
-In captured steps the first kernel has such rows too, each token as a row of its own. Left out: the same in steps that
-are not captured.
+Rows of one token go to a kernel that divides contexts among programs on the device, others to one whose tasks the host
+lists (engine/kernels/attention/decode.py, extend.py). Decode steps can be captured: of their plan nothing comes from
+the host but which rows share a prefix. So can steps with prompts, which read the list.
 """
 
 import dataclasses
@@ -25,7 +21,6 @@ from engine_plugins.attention.into import AttentionInto
 if TYPE_CHECKING:
     from engine.plugin.kernels import DecodeRows, ExtendRows, Scratch, SharedRows
 
-FEW_TOKENS, LONG = 8, 256  # a row of so few tokens behind so many positions is cut as its tokens are
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -37,9 +32,6 @@ class Plan:
     decode: "DecodeRows | None"
     extend: "ExtendRows | None"
     numbers: Mirror | None = None  # of a captured step: what differs from replay to replay
-    # of a captured step with prompts: the slots of its rows [R], and by a row of `decode`, which of them it is [D]
-    slots: Tensor | None = None
-    rows: Tensor | None = None
 
 
 class TritonAttention(AttentionInto):
@@ -66,18 +58,27 @@ class TritonAttention(AttentionInto):
         )
         self._scratch: Scratch | None = None
         self._shared: SharedRows | None = None
-        # of several tokens, whose programs leave half of the device's processors idle
-        self._idle_rows = max(1, kernels.decode_teams(self._shape, device, 1) // 4)
-        self._block_tokens = kernels.extend_blocks(self._shape, dtype).queries // self._shape.group
+        self._blocks = kernels.extend_blocks(self._shape, dtype)
+        self._teams = kernels.extend_teams(self._shape, device)
+        self._pieces = kernels.extend_scratch(self._shape, dtype, self._teams, device)
 
     def prepare(self, batch: Batch) -> Plan:
         decode, extend = self.decode_rows(batch, np.flatnonzero(batch.lengths == 1)), None
         if not (batch.lengths == 1).all():
-            blocks = kernels.list_extend_blocks(batch.starts, batch.lengths, self._block_tokens)
-            extend = kernels.ExtendRows(
-                blocks=self.upload(blocks), slots=batch.slots, starts=batch.row_starts, offsets=batch.row_offsets
-            )
+            extend = self._extend_rows(batch, self.upload(self._list_tasks(batch.starts, batch.lengths)))
         return Plan(batch.page_table, decode, extend)
+
+    def _list_tasks(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        return kernels.list_extend_tasks(starts, lengths, self._shape, self._blocks, self._teams)
+
+    def _extend_rows(self, batch: Batch, tasks: Tensor) -> "ExtendRows":
+        return kernels.ExtendRows(
+            tasks=tasks,
+            slots=batch.slots,
+            starts=batch.row_starts,
+            offsets=batch.row_offsets,
+            scratch=self._pieces,
+        )
 
     def decode_rows(self, batch: Batch, rows: np.ndarray) -> "DecodeRows | None":
         """Those `rows` of `batch`, of one token each."""
@@ -111,42 +112,23 @@ class TritonAttention(AttentionInto):
 
     def capture_prompts(self, batch: Batch) -> Plan:
         rows = len(batch.slots) - 1  # the last one is always empty
-        blocks = -(-len(batch.ids) // self._block_tokens) + rows + 1
-        numbers = Mirror(3 * rows + 2 * blocks, self.device)
-        positions, tokens, row, listed = numbers.device.split([rows, rows, rows, 2 * blocks])
-        extend = kernels.ExtendRows(
-            blocks=listed.view(2, blocks), slots=batch.slots, starts=batch.row_starts, offsets=batch.row_offsets
-        )
-        decode = self._decode(batch.slots[:-1].clone(), positions, tokens)
-        return Plan(batch.page_table, decode, extend, numbers, batch.slots, row)
+        block_tokens = self._blocks.queries // self._shape.group
+        tasks = kernels.most_extend_tasks(len(batch.ids), rows, block_tokens, self._teams)
+        numbers = Mirror(2 * rows + 5 * tasks, self.device)
+        positions, tokens, listed = numbers.device.split([rows, rows, 5 * tasks])
+        extend = self._extend_rows(batch, listed.view(5, tasks))
+        return Plan(batch.page_table, self._decode(batch.slots[:-1], positions, tokens), extend, numbers)
 
     def refill_prompts(self, plan: Plan, starts: np.ndarray, lengths: np.ndarray, offsets: np.ndarray) -> None:
-        assert plan.numbers is not None and plan.decode is not None and plan.slots is not None and plan.rows is not None
-        host, most = plan.numbers.host(), len(plan.decode.slots)
-        positions, tokens, row, listed = np.split(host, [most, 2 * most, 3 * most])
-        cut = self._cut_rows(starts, lengths, most)
-        rows = np.flatnonzero(cut)
-        each = np.repeat(rows, lengths[rows])
-        count = len(each)
-        tokens[:count] = np.arange(int(offsets[-1]))[np.repeat(cut, lengths)]
-        positions[:count], positions[count:] = starts[each] + tokens[:count] - offsets[each], -1
-        row[:count], row[count:] = each, 0
-        blocks = kernels.list_extend_blocks(starts, np.where(cut, 0, lengths), self._block_tokens)
-        listed = listed.reshape(2, -1)
-        listed[0], listed[1] = len(starts), 0  # an empty row
-        listed[:, : blocks.shape[1]] = blocks
+        assert plan.numbers is not None and plan.decode is not None
+        host, rows, count = plan.numbers.host(), len(plan.decode.slots), len(starts)
+        positions, tokens, listed = host[:rows], host[rows : 2 * rows], host[2 * rows :].reshape(5, -1)
+        positions[:], tokens[:count] = -1, offsets[:-1]
+        positions[:count][lengths == 1] = starts[lengths == 1]
+        tasks = self._list_tasks(starts, lengths)
+        listed[0], listed[1:] = count, 0  # an empty row
+        listed[:, : tasks.shape[1]] = tasks
         plan.numbers.send()
-        torch.index_select(plan.slots, 0, plan.rows, out=plan.decode.slots)
-
-    def _cut_rows(self, starts: np.ndarray, lengths: np.ndarray, most: int) -> np.ndarray:
-        """Which rows of a captured step go to the kernel for rows of one token, [R] bool: those, and others whose
-        blocks would leave the device idle, while all have `most` tokens at most."""
-        ones = lengths == 1
-        few = ~ones & (lengths > 0) & (lengths <= FEW_TOKENS) & (starts >= LONG)
-        if few.sum() > self._idle_rows:
-            return ones
-        fits = np.cumsum(np.where(few, lengths, 0)) <= most - ones.sum()
-        return ones | (few & fits)
 
     def _decode(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> "DecodeRows":
         teams = kernels.decode_teams(self._shape, self.device, len(slots))
