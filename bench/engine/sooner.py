@@ -23,7 +23,7 @@ import statistics
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
@@ -334,7 +334,7 @@ class Simulation:
         self.at(end, over)
 
 
-def added(runs: Iterable[Outcome]) -> Outcome:
+def added(runs: Sequence[Outcome]) -> Outcome:
     """Of all turns of several runs."""
     total = Outcome()
     for run in runs:
@@ -344,10 +344,13 @@ def added(runs: Iterable[Outcome]) -> Outcome:
     return total
 
 
-def line(policy: str, found: Outcome, none: Outcome) -> str:
+def line(policy: str, runs: Sequence[Outcome], without: Sequence[Outcome]) -> str:
+    """Of runs with `policy`, and of those `without` tiers by the same seeds."""
+    found, each = added(runs), [run.rate / none.rate for run, none in zip(runs, without, strict=True)]
+    ratio = f"{statistics.median(each):5.2f}" + (f" ({min(each):.2f} - {max(each):.2f})" if len(each) > 1 else "")
     first = 1e3 * statistics.median(found.first), 1e3 * statistics.quantiles(found.first, n=10)[-1]
     return (
-        f"{policy:7} {found.rate:6.2f} turns/s, {found.rate / none.rate:5.2f} of none; first token {first[0]:5.0f} ms, "
+        f"{policy:7} {found.rate:6.2f} turns/s, {ratio} of none; first token {first[0]:5.0f} ms, "
         f"{first[1]:5.0f} in the slowest tenth; device busy {found.computing / found.seconds:4.0%}, "
         f"disk {found.reading / found.seconds:4.0%}, held {found.held / found.seconds:4.0%}; "
         f"scheduler {1e3 * found.scheduling / found.turns:4.1f} ms a turn; {found.pages}"
@@ -360,13 +363,13 @@ def main() -> None:
     parser.add_argument("--together", type=int, default=Shape.together)
     parser.add_argument("--turns", type=int, default=Shape.turns)
     parser.add_argument("--conversations", type=int, default=Shape.conversations)
-    parser.add_argument("--seeds", type=int, default=1, help="so many runs, whose figures are of all their turns")
+    parser.add_argument("--seeds", type=int, default=1, help="so many runs: ratios are medians and ranges")
     given = parser.parse_args()
     shape = Shape(given.conversations, turns=given.turns, together=given.together, disk=(2 << 20) / given.disk / 1e9)
-    found: dict[str, Outcome] = {}
+    found: dict[str, list[Outcome]] = {}
     policies: tuple[Policy, ...] = ("none", "never", "always", "sooner")
     for policy in policies:
-        found[policy] = added(Simulation(shape, policy, seed).run() for seed in range(given.seeds))
+        found[policy] = [Simulation(shape, policy, seed).run() for seed in range(given.seeds)]
         print(line(policy, found[policy], found["none"]), flush=True)
 
 
