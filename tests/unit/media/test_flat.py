@@ -83,11 +83,12 @@ async def test_many_pictures_leave_what_few_do(monkeypatch: pytest.MonkeyPatch) 
 
 async def test_what_was_in_use_goes_once_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """All are shown at the same time, so none may go before its request ends; and no other comes after them."""
-    async with seeing(monkeypatch, seconds=0.05, media_known_memory=2 * (SIZE + assets.BESIDE)) as (house, url):
+    async with seeing(monkeypatch, seconds=0.5, media_known_memory=2 * (SIZE + assets.BESIDE)) as (house, url):
         showing = asyncio.ensure_future(show(house, url, 0, 8, max_tokens=40, ignore_eos=True))
         while held(house)["on the device"] < 8:
             await asyncio.sleep(0.01)
         assert held(house)["known bytes"] == 8 * SIZE
+        house.executor.seconds = 0.0  # until now none could end before the last was shown
         await showing
         found = held(house)
     assert (found["known"], found["on the device"], found["encoded"]) == (2, 2, 2)
