@@ -23,11 +23,10 @@ from aiohttp.http import StreamWriter
 from engine.errors import Words
 from engine.http.sse import HEADERS, failure_event, words_of
 from engine.http.turns import TURNS, Turns
-from engine.http.wire import ENCODER
+from engine.http.wire import to_json
 from engine.messages.reply import Chunk
 from engine.runtime.mailbox import Gathered, Mailbox
 
-escaped = ENCODER.encode  # a text as JSON
 Around = tuple[bytes, bytes]  # what stands before and after the JSON of a text
 
 
@@ -96,7 +95,7 @@ class Choice(Gathered):
     def _say(self, text: str, transport: asyncio.Transport, heads: Heads) -> None:
         """Write the event of a text."""
         stream = self._stream
-        said = escaped(text)
+        said = to_json(text)
         if transport.is_closing():
             stream.fail(ConnectionResetError("the client has left"))
             return

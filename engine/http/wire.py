@@ -27,6 +27,9 @@ MEDIA = frozenset(
     | {"input_audio", "document", "file", "input_file"}
 )
 ENCODER = msgspec.json.Encoder()
+# JSON may hold these as they are, and no event ends at one. Clients that split a stream as `str.splitlines` does, as
+# httpx does for huggingface_hub, take each for the end of a line, and fail.
+LINE_ENDS = {end.encode(): b"\\u%04x" % ord(end) for end in ("\x85", "\u2028", "\u2029")}
 TokenId = Annotated[int, Meta(ge=0, le=INT32_MAX)]
 Priority = Annotated[int, Meta(ge=-INT32_MAX, le=INT32_MAX)]
 
@@ -225,8 +228,12 @@ def structs_in(hint: Any, base: type[StructType]) -> Iterator[type[StructType]]:
 
 
 def to_json(value: Any) -> bytes:
-    """`value` as compact JSON."""
-    return ENCODER.encode(value)
+    """`value` as compact JSON, on what every client takes for one line."""
+    encoded = ENCODER.encode(value)
+    if not encoded.isascii():
+        for end, escape in LINE_ENDS.items():
+            encoded = encoded.replace(end, escape)
+    return encoded
 
 
 def json_response(value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

@@ -10,6 +10,7 @@ import msgspec
 import openai
 import pytest
 from http_front import FakeFront, chunks, serving, written
+from huggingface_hub import InferenceClient
 from hypothesis import given
 from hypothesis import strategies as st
 from openai.types import completion_create_params
@@ -116,6 +117,18 @@ async def test_chat_stream_framing() -> None:
     assert "".join(event["choices"][0]["delta"].get("content", "") for event in decoded) == awkward + "!"
     assert all("usage" not in event for event in decoded)
     assert decoded[-1]["choices"][0]["matched_stop"] is None
+
+
+async def test_a_client_that_splits_lines_as_python_does_reads_every_text() -> None:
+    awkward = "a\x85b\u2028c\u2029é"
+
+    def read(url: str) -> str:
+        hub = InferenceClient(base_url=url, api_key="any")
+        events = hub.chat_completion(HI, model="fake", stream=True)
+        return "".join(event.choices[0].delta.content or "" for event in events)
+
+    async with serving(FakeFront(chunks(awkward, "!"))) as url:
+        assert await anyio.to_thread.run_sync(read, url) == awkward + "!"
 
 
 async def test_completion() -> None:

@@ -323,7 +323,7 @@ async def test_the_server_may_end_while_a_background_response_runs() -> None:
 def test_events_are_json_on_one_line() -> None:
     asked = described(ResponsesBody(input="a"), SamplingParams(), "m", Wanted())
     response = stored.Response(asked, [])
-    raw = ResponseEvents(response).event(response.add(Chunk("r", "a\n\u2028\n", [1]))).decode()
+    raw = ResponseEvents(response).event(response.add(Chunk("r", "a\n\x85\u2028\u2029\n", [1]))).decode()
     for event in raw.removesuffix("\n\n").split("\n\n"):
-        name, data = event.split("\n")
+        name, data = event.splitlines()
         assert name == f"event: {json.loads(data.removeprefix('data: '))['type']}"

@@ -146,7 +146,10 @@ def reply_of(api: str, choices: int, **fields: bool) -> Any:
 
 # ── the bytes are those of one event after another ───────────────────────────────────────────
 
-TEXTS = st.one_of(st.text(max_size=6), st.sampled_from(["", '"', "\\", "\n", "\u2028", "\ufffd", "😀", "\x7f", "\0"]))
+TEXTS = st.one_of(
+    st.text(max_size=6),
+    st.sampled_from(["", '"', "\\", "\n", "\x85", "\u2028", "\u2029", "\ufffd", "😀", "\x7f", "\0"]),
+)
 
 
 @st.composite
@@ -197,6 +200,8 @@ def test_a_stream_has_the_bytes_of_its_events(
 
     written, expected = asyncio.run(run())
     assert written == expected
+    text = written.decode()
+    assert text.split("\n") == [*text.splitlines(), ""], "clients that split as Python does find other lines"
 
 
 async def test_a_plain_token_is_one_write_and_wakes_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
