@@ -3,8 +3,8 @@
 # shows it as True, and torch.equal finds it equal to any other. But the byte goes into the next all-reduce and wraps at
 # 256, so a flag that is set and reduced in place, step by step, as one asks whether any rank has to stop, is False again
 # after the eighth time on two ranks, the fourth on four and the second on sixteen. And `2 & 1` is 0: whether any rank of a
-# node is ready (SUM), asked of all nodes (BAND), is False where one node has two that are ready and the other has one. NCCL
-# takes the largest in place of a sum of booleans, so the same program is right there. MAX, or BOR, is right on both.
+# node is ready (SUM), asked of all nodes (BAND), is False where one node has two that are ready and the other has one. By
+# torch's source a sum of booleans is the largest under NCCL, so the same program is right there. MAX, or BOR, is right on both.
 #
 # Seen: torch 2.13.0 (CPU, gloo), Python 3.11, 2026-12-01.
 set -eu
