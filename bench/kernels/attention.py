@@ -1,7 +1,7 @@
 """Attention kernels on one GPU beside their floor: decode in GB/s of keys and values read, prompts in TFLOP/s, the last
 tokens of prompts in microseconds.
 
-    python -m bench.kernels.attention [--sweep] [--backends triton,flashinfer]
+    python -m bench.kernels.attention [--rows decode,prompts,tails,shared] [--sweep] [--backends triton,flashinfer]
 
 Decode is timed as the worker runs it, a captured graph of several layers whose caches are larger than the L2 cache
 together, so figures hold launches but no host. A plain copy reaches about 4,300 GB/s on an H200, a matrix product 790
@@ -282,15 +282,24 @@ def cut_extend(setting: Setting, blocks: Blocks) -> float:
     )
 
 
+ROWS: dict[str, Callable[[list[str]], None]] = {
+    "decode": bench_decode,
+    "prompts": bench_prompts,
+    "tails": bench_tails,
+    "shared": lambda _: bench_shared(),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--sweep", action="store_true", help="time the Triton kernels with other cuts")
     parser.add_argument("--backends", default="triton,flashinfer")
     given = parser.parse_args()
-    bench_decode(given.backends.split(","))
-    bench_prompts(given.backends.split(","))
-    bench_tails(given.backends.split(","))
-    bench_shared()
+    for row in given.rows.split(","):
+        if row not in ROWS:
+            parser.error(f"--rows {row} is none of {', '.join(ROWS)}")
+        ROWS[row](given.backends.split(","))
     if given.sweep:
         sweep_decode()
         sweep_prompts()
