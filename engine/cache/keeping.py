@@ -15,7 +15,7 @@ the store has them.
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from engine.cache.host import Place
+from engine.cache.place import Place
 
 AT_ONCE = 32  # pages in one move
 MOVES = 2  # under way

@@ -27,9 +27,10 @@ from engine.cache.ceiling import Ceiling
 from engine.cache.clearing import Clearing
 from engine.cache.device import DevicePages
 from engine.cache.fetching import Fetching
-from engine.cache.host import HostPages, Place
+from engine.cache.host import HostPages
 from engine.cache.keeping import Keeping
 from engine.cache.needs import Needs
+from engine.cache.place import Place
 from engine.cache.pool import PagePool
 from engine.cache.radix import Node, RadixTree
 from engine.cache.tickets import Ticket, TierCounts, TierOptions, WritePolicy

@@ -103,6 +103,7 @@ class TierBench(Bench):
         return stepped or bool(self.below.moving)
 
     def drain(self, steps=20_000):
+        self.go_on()  # a request that was aborted last may have left pages that are to go down
         while self.live or self.below.moving or self.flying:
             self.step()
             steps -= 1
