@@ -92,6 +92,10 @@ class Keeping:
             self._until = self.now + self._pause
             self._pause = min(2 * self._pause, MOST_PAUSE)
 
+    def dropped(self) -> None:
+        """A move of before `clear` is over: whether the store has taken its pages says nothing."""
+        self._moves -= 1
+
     def clear(self) -> None:
         """Nothing is to be kept of what is there now."""
         for place in self._pending.values():

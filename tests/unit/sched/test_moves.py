@@ -345,6 +345,25 @@ def test_a_store_that_refuses_to_forget_is_asked_for_nothing_until_it_has():
     bench.drain()
 
 
+def test_what_a_store_drops_for_a_flush_is_no_refusal():
+    bench = TierBench(40, pages=11)
+    bench.pace = 0.0  # no pause ends by itself
+    bench.admit(request("a", LONG, max_new=1))
+    while "keep" not in {move.way for move in bench.below.moving}:
+        bench.step()
+    failed = bench.moves.stats().failed
+    bench.scheduler.flush()
+    bench.failing = b"\1" * 40
+    while any(move.way == "keep" for move in bench.below.moving):
+        bench.finish(next(place for place, move in enumerate(bench.below.moving) if move.way == "keep"))
+    bench.failing = b""
+    assert not bench.scheduler.tiers.keeping.paused and bench.moves.stats().failed == failed
+    bench.drain_steps()
+    assert run(bench, "b", LONG) == (0, 33)
+    assert len(bench.below.store) == 8
+    bench.drain()
+
+
 def test_a_flush_while_a_store_forgets_is_one_more():
     bench = TierBench(40, pages=11)
     run(bench, "a", LONG)
