@@ -58,7 +58,11 @@ class ListenOptions(Struct, frozen=True, kw_only=True):
     ] = 256 * 2**20
     max_open_memory: Annotated[
         Size,
-        Meta(ge=1, description="most bytes of the bodies of open requests, which are read, wait or run; beyond it 503"),
+        Meta(
+            ge=1,
+            description="most bytes of the bodies of open requests, which are read, wait or run; beyond it 503; one "
+            "client alone may have three quarters of it",
+        ),
     ] = 4 * 2**30
     read_timeout: Annotated[
         float,
