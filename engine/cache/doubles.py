@@ -6,7 +6,7 @@
       └── any           └──────────────────────> awaited ──> gives way after all others, the one used last first
 
 A look steps over a pinned page, or one that a store is still to be given, once for each time that it is so, and not
-again at the next look, however far a disk lags. A page ends to be awaited only when it is pinned, for the store, or
+again at the next look, however far a disk lags. A page stops being awaited only when it is pinned, for the store, or
 forgotten: so it comes back. Left out: pages that the device has no more (host.py).
 """
 
@@ -17,7 +17,7 @@ from itertools import count
 
 from engine.cache.place import Place
 
-SPENT = 64  # entries of heaps more than twice as many as pages: then those of pages that are no more there go
+SPENT = 64  # entries beside two for each page aside: beyond that, entries of pages that have left are dropped
 
 
 class Doubles:
@@ -48,7 +48,7 @@ class Doubles:
             self.add(place)
 
     def remove(self, place: Place) -> None:
-        """It is no double any more, or has given way."""
+        """It is no double any more. One that has given way is not here already."""
         if self._fresh.pop(place.name, None) is None:
             self._aside.pop(place.used, None)
 
