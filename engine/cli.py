@@ -15,7 +15,7 @@ from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
-from msgspec import NODEFAULT, Struct
+from msgspec import Struct
 
 from engine import __version__
 from engine.client.options import (
@@ -384,16 +384,16 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
 
 def _add(group: Any, option: Option, *, repeated: bool = False) -> None:
     """Add one flag. Its text stays text, for `Option.read`; a flag not given leaves no trace in the namespace."""
-    default = "" if option.default in (None, (), NODEFAULT) else f" (default: {str(option.default).lower()})"
     common: dict[str, Any] = {
         "dest": option.name,
         "default": argparse.SUPPRESS,
-        "help": f"{option.description}{default}".replace("%", "%%"),
+        "help": option.help.replace("%", "%%"),
     }
     if option.kind is bool:
         group.add_argument(option.flag, action=argparse.BooleanOptionalAction, **common)
         return
-    word = {int: "N", float: "X", str: "TEXT"}.get(option.kind, "A,B" if option.listed else "JSON")
+    number = "SIZE" if option.in_bytes else "N"
+    word = {int: number, float: "X", str: "TEXT"}.get(option.kind, "A,B" if option.listed else "JSON")
     if option.listed and repeated:
         word = "TEXT" if "str" in str(option.kind) else "N"
         common |= {"action": "append", "help": common["help"] + "; may be repeated"}

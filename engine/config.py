@@ -25,6 +25,7 @@ from engine.options.option import Positive, options_of
 from engine.options.page import options_page
 from engine.options.parallel import ParallelOptions
 from engine.options.resolving import refuse_unknown, said
+from engine.options.sizes import Size
 from engine.router.options import RegisterOptions, router_groups
 
 Share = Annotated[float, Meta(gt=0, le=1)]
@@ -84,10 +85,10 @@ class CacheOptions(Struct, frozen=True, kw_only=True):
         ),
     ] = None
     encoder_cache: Annotated[
-        Positive | None,
+        Annotated[Size, Meta(ge=2**20)] | None,
         Meta(
-            description="MiB of the device's memory for encoded images and video, which are kept for prompts that show "
-            "them again; default: 1024 on a GPU, 256 on a CPU"
+            description="memory of the device for encoded images and video, which are kept for prompts that show them "
+            "again; default: 1GiB on a GPU, 256MiB on a CPU"
         ),
     ] = None
     prefix_cache: Annotated[
@@ -98,7 +99,7 @@ class CacheOptions(Struct, frozen=True, kw_only=True):
         Meta(gt=0, description="how long after its last request the KV pages of a session are preferred to others"),
     ] = 3600.0
     kv_host: Annotated[
-        Annotated[str, Meta(min_length=1)] | None,
+        Annotated[Size, Meta(ge=1)] | None,
         Meta(
             description="memory of each host for KV pages that its devices have no room for, 64GiB; its ranks divide "
             "it; default: none, or with --kv-disk 4GiB at most"

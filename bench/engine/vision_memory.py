@@ -23,6 +23,7 @@ from PIL import Image
 from bench.lib.processes import resident_bytes
 from bench.lib.served import Served
 from engine.media import store
+from engine.options.sizes import size_of
 from engine.runtime import repeats
 from engine.sched import assets
 
@@ -35,7 +36,7 @@ LEAKS = (
     0.05  # of what a picture takes: as much growth a picture is called one. A heap grows by steps of up to a few MiB
 )
 NAMES = {"engine.runtime.core": "core", "engine.worker": "worker", "engine.media.process": "decoder"}
-LOW = {"kv_tokens": "8192", "encoder_cache": "16", "encoder_tokens": "4096"}
+LOW = {"kv_tokens": "8192", "encoder_cache": "16MiB", "encoder_tokens": "4096"}
 LOW |= {"media_memory": str(8 * MIB), "media_known_memory": str(8 * MIB)}
 LOW |= {"media_processes": "2", "placement": "split", "spare_worker": "false"}
 
@@ -83,11 +84,11 @@ def bounds(options: dict[str, str], prompt: int, tokens: int, payload: int, widt
     picture, which are embeddings of `width` bytes, and `payload` bytes of pixels."""
     front, known, kv = (int(options[name]) for name in ("media_memory", "media_known_memory", "kv_tokens"))
     most_known = known // (payload + assets.BESIDE)
-    embeddings = (int(options["encoder_cache"]) << 20) // (tokens * width)
+    embeddings = size_of(options["encoder_cache"]) // (tokens * width)
     return {
         f"front: {front} bytes of prepared pictures (--media-memory)": front // (payload + store.BESIDE),
         f"core and worker: {known} bytes of their pixels (--media-known-memory)": most_known,
-        f"worker: {options['encoder_cache']} MiB of embeddings (--encoder-cache), of the pictures above": min(
+        f"worker: {options['encoder_cache']} of embeddings (--encoder-cache), of the pictures above": min(
             most_known, embeddings
         ),
         f"core: {repeats.MOST} bytes of pixels that came last from the front": repeats.MOST // payload,

@@ -10,7 +10,8 @@ Left out: the tree's own order, and the moves (tiers.py).
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
 
-from engine.cache.host import HostPages, Place
+from engine.cache.host import HostPages
+from engine.cache.place import Place
 from engine.cache.tickets import WritePolicy
 
 

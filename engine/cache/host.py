@@ -18,29 +18,11 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, KeysView, Sequence
 from itertools import islice
 
-from msgspec import Struct
-
+from engine.cache.doubles import Doubles
+from engine.cache.place import Place
 from engine.cache.pool import PagePool
 
 FREE, NEW, HIT = range(3)  # what a slot holds
-
-
-class Place(Struct, eq=False, gc=False):
-    """A page's place in the host's memory. `pins` are the moves under way that read or write it.
-
-    There are as many as pages, so Python's garbage collector visits none: they refer to nothing that it could free."""
-
-    name: bytes
-    slot: int
-    pins: int = 1
-    there: bool = False  # its bytes are
-    hit: bool = False
-    double: bool = False
-    awaited: bool = False  # by a store, which is to be given it
-    stored: bool = False  # a store has it, or is given it now
-    offers: int = 0  # to a store, which has refused it
-    fetched: bool = False  # a store has given it
-    known: bool = True  # under its name; one that is not is freed with its last pin
 
 
 class HostPages:
@@ -53,7 +35,7 @@ class HostPages:
         self._places: dict[bytes, Place] = {}
         self._new: OrderedDict[bytes, Place] = OrderedDict()  # least recently used first
         self._hit: OrderedDict[bytes, Place] = OrderedDict()
-        self._doubles: OrderedDict[bytes, Place] = OrderedDict()
+        self._doubles = Doubles()
         # What the device has and keeps a while, and the places in which it was a double, where that gave way.
         self._above: dict[bytes, Place | None] = {}
         self._forgotten: set[Place] = set()  # of those that are pinned
@@ -96,23 +78,23 @@ class HostPages:
 
     def held(self, names: Iterable[bytes]) -> None:
         """The device has these, given from the last to the first, and keeps them a while."""
-        above, places, doubles = self._above, self._places, self._doubles
+        above, places = self._above, self._places
         for name in names:
             if name not in above:
                 above[name] = None
                 if (place := places.get(name)) is not None:
                     del (self._hit if place.hit else self._new)[name]
                     place.double = True
-                    doubles[name] = place
+                    self._doubles.add(place)
 
     def left(self, names: Iterable[bytes]) -> None:
         """The device keeps these no more, which are given from the last to the first."""
-        above, places, doubles = self._above, self._places, self._doubles
+        above, places = self._above, self._places
         for name in names:
             if name in above:
                 del above[name]
                 if (place := places.get(name)) is not None:
-                    del doubles[name]
+                    self._doubles.remove(place)
                     place.double = False
                     (self._hit if place.hit else self._new)[name] = place
         self._bound()
@@ -144,23 +126,25 @@ class HostPages:
                 order[name] = place
                 continue
             place.double = True
-            self._doubles[name] = place
+            self._doubles.add(place)
             if (before := above[name]) is not None:
                 place.stored, place.offers = before.stored, before.offers
                 above[name] = None
         self._bound()
         return places
 
-    def _order(self, place: Place) -> OrderedDict[bytes, Place]:
-        """Where it stands."""
-        return self._doubles if place.double else self._hit if place.hit else self._new
+    def _leave(self, place: Place) -> None:
+        """It stands in no order."""
+        if place.double:
+            self._doubles.remove(place)
+        else:
+            del (self._hit if place.hit else self._new)[place.name]
 
     def _victims(self, hit: bool, spare: bool) -> Iterator[Place]:
         """What gives way, in this order: for a page that is asked for again also such a one."""
-        yield from (place for place in reversed(self._doubles.values()) if not (place.pins or place.awaited))
+        yield from self._doubles.victims(spare=spare)
         if spare:
             return
-        yield from (place for place in reversed(self._doubles.values()) if place.awaited and not place.pins)
         for segment in (self._new, self._hit) if hit else (self._new,):
             yield from (place for place in segment.values() if not place.pins)
 
@@ -169,13 +153,15 @@ class HostPages:
         for place in map(self._places.get, names):
             if place is None:
                 continue
-            if hit and not place.hit:
-                del self._order(place)[place.name]
+            if place.double:
+                self._doubles.use(place)
+            elif hit and not place.hit:
+                self._hit[place.name] = self._new.pop(place.name)
+            else:
+                (self._hit if place.hit else self._new).move_to_end(place.name)
+            if hit:
                 place.hit = True
                 self._kinds[place.slot] = HIT
-                self._order(place)[place.name] = place
-            else:
-                self._order(place).move_to_end(place.name)
         self._bound()
 
     def _bound(self) -> None:
@@ -196,7 +182,7 @@ class HostPages:
         for place in places:
             place.known = False
             del self._places[place.name]
-            del self._order(place)[place.name]
+            self._leave(place)
             if place.pins:
                 self._forgotten.add(place)
             else:
@@ -208,9 +194,13 @@ class HostPages:
         for place in places:
             place.pins -= 1
             assert place.pins >= 0, "a place is unpinned more often than pinned"
-            if not place.known and not place.pins:
+            if place.pins:
+                continue
+            if not place.known:
                 self._forgotten.remove(place)
                 self._free([place.slot])
+            elif place.double:
+                self._doubles.unpinned(place)
 
     def _free(self, slots: list[int]) -> None:
         for slot in slots:
@@ -230,9 +220,12 @@ class HostPages:
         """Assert that each slot is free or one page's, and each page in one segment."""
         places = self.places()
         self.pool.check_integrity([[place.slot] for place in places])
-        orders = (self._new, self._hit, self._doubles)
-        assert sum(map(len, orders)) == len(self._places) and len(self._hit) <= self._most_hit
-        assert all(self._order(place).get(name) is place and place.known for name, place in self._places.items())
+        self._doubles.check_integrity()
+        count = len(self._new) + len(self._hit) + len(self._doubles)
+        assert count == len(self._places) and len(self._hit) <= self._most_hit
+        for order, hit in ((self._new, False), (self._hit, True)):
+            for name, place in order.items():
+                assert self._places[name] is place and place.known and not place.double and place.hit == hit
         assert all(place.double == (name in self._above) for name, place in self._places.items()), "a double is not one"
         gave_way = {name for name, place in self._above.items() if place is not None}
         assert gave_way.isdisjoint(self._places), "a double came back"

@@ -15,7 +15,7 @@ the store has them.
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from engine.cache.host import Place
+from engine.cache.place import Place
 
 AT_ONCE = 32  # pages in one move
 MOVES = 2  # under way
@@ -91,6 +91,10 @@ class Keeping:
         if not all(done) and not self.paused:
             self._until = self.now + self._pause
             self._pause = min(2 * self._pause, MOST_PAUSE)
+
+    def dropped(self) -> None:
+        """A move of before `clear` is over: whether the store has taken its pages says nothing."""
+        self._moves -= 1
 
     def clear(self) -> None:
         """Nothing is to be kept of what is there now."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engine.cache.host import Place
+from engine.cache.place import Place
 from engine.cache.radix import Node
 from engine.messages.tiers import Moved, Way, summed
 

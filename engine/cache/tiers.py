@@ -27,9 +27,10 @@ from engine.cache.ceiling import Ceiling
 from engine.cache.clearing import Clearing
 from engine.cache.device import DevicePages
 from engine.cache.fetching import Fetching
-from engine.cache.host import HostPages, Place
+from engine.cache.host import HostPages
 from engine.cache.keeping import Keeping
 from engine.cache.needs import Needs
+from engine.cache.place import Place
 from engine.cache.pool import PagePool
 from engine.cache.radix import Node, RadixTree
 from engine.cache.tickets import Ticket, TierCounts, TierOptions, WritePolicy
@@ -271,7 +272,10 @@ class Tiers:
             self.keeping.want(place)
 
     def _kept(self, ticket: Ticket, done: Sequence[bool]) -> None:
-        self.keeping.kept(ticket.places, done)
+        if ticket.stale:
+            self.keeping.dropped()
+        else:
+            self.keeping.kept(ticket.places, done)
         self.host.unpin(ticket.places)
         self.counts.kept += sum(done)
 
@@ -379,7 +383,7 @@ class Tiers:
         counts.tell(ticket.way, message)
         if ticket.way != "clear":
             self.cause = self.cause or message.cause
-        if ticket.way not in ("find", "clear"):
+        if ticket.way not in ("find", "clear") and not ticket.stale:  # else nobody wants them any more
             counts.failed += len(done) - sum(done)
         match ticket.way:
             case "down":

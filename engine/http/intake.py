@@ -1,15 +1,19 @@
-"""One request's body: read as it comes, unpacked in pieces, within four bounds.
+"""One request's body: read as it comes, unpacked in pieces, within five bounds.
 
 | bound | what it holds | beyond it |
 |---|---|---|
 | size | one body, unpacked | 413, from `Content-Length` before a byte is read |
 | bytes held | the bodies of all requests that are being read or decoded, at all fronts | 503 |
 | bytes open | the bodies of all requests until they are over, as what is made of one grows with it | 503 |
+| share | of the bytes open, those of one client that has several requests: three times what is left | 503 |
 | pace | what a client must send in `read_timeout` seconds of our waiting | 408 |
 
 The parser leaves bodies packed (`auto_decompress=False` in `connections`), because it would unpack all that one
 read of the socket brings before the event loop turns. Here a piece is unpacked, the loop turns, and at most
 `PIECES_A_TURN` pieces of all bodies are unpacked between two turns.
+
+A client is an API key, or else an address. Its share is a dynamic threshold (Choudhury and Hahne 1998), of what a front
+knows itself: one alone may have three quarters of the bound, and whoever comes then finds room.
 
 A body that has come whole with its head, is small and is not packed is taken as it is: no other request of
 its size would fit between its arrival and its decoding. Left out: what is in the bytes (`wire`), and deadlines
@@ -19,6 +23,7 @@ of heads (`connections`).
 import asyncio
 import io
 import zlib
+from collections import Counter as Counts
 from collections.abc import Iterator
 from typing import Final
 
@@ -28,6 +33,7 @@ from aiohttp.http import HttpVersion11
 
 from engine.errors import RequestError, shut_down
 from engine.http.half_closed import CONTINUE
+from engine.http.keys import owner_of
 from engine.http.repeated import joined, members
 from engine.http.wire import MAX_BODY_BYTES
 from engine.options.listening import ListenOptions
@@ -37,6 +43,7 @@ SMALL_BYTES: Final = 64 * 2**10  # the largest body that is not counted if it ha
 PIECE_BYTES: Final = 64 * 2**10  # most that is unpacked at a time: 0.1 to 0.3 ms
 WINDOW_BYTES: Final = 8 * 2**10  # most that is given to zlib at a time: packed bytes may unpack to nothing, slowly
 PIECES_A_TURN: Final = 4
+SHARE: Final = 3  # times the bytes that are left for all: what one client's open requests may have
 MAX_MEMBERS: Final = 1024  # of one gzip body: bgzip makes a member of each 64 KiB
 LEAST_BYTES_A_SECOND: Final = 512  # the pace of a client that is slow, and not stalling
 GZIP: Final = 31  # zlib's wbits: the format of what it unpacks
@@ -80,6 +87,8 @@ class Intake:
         self._seconds = options.read_timeout
         self._held: dict[StreamReader, int] = {}  # bytes, by the stream that a body came from
         self._open: dict[StreamReader, int] = {}  # the same, until the request is over
+        self._whose: dict[StreamReader, bytes] = {}  # the client that a body came from
+        self._shares: Counts[bytes] = Counts()  # open bytes of each client
         self._total = 0
         self._reading: set[StreamReader] = set()
         self._unpacking = asyncio.Semaphore(PIECES_A_TURN)
@@ -93,6 +102,7 @@ class Intake:
         task = asyncio.current_task()
         assert task is not None
         task.add_done_callback(lambda _: self.close(payload))
+        self._whose[payload] = owner_of(request) or (request.remote or "").encode()
         _ask_for(request)
         self._reading.add(payload)
         try:
@@ -117,7 +127,11 @@ class Intake:
     def close(self, payload: StreamReader) -> None:
         """The request whose body came from `payload` is over here; later calls do nothing."""
         self.release(payload)
-        self._board.add(Counter.OPEN_BYTES, -self._open.pop(payload, 0))
+        size, client = self._open.pop(payload, 0), self._whose.pop(payload, b"")
+        self._board.add(Counter.OPEN_BYTES, -size)
+        self._shares[client] -= size
+        if not self._shares[client]:
+            del self._shares[client]
 
     def _count(self, size: int) -> None:
         self._total += size
@@ -151,7 +165,15 @@ class Intake:
             raise _too_many(
                 f"open requests have bodies of {total} bytes and may have {self._most_open} (--max-open-memory)"
             )
+        client, left = self._whose[payload], self._most_open - total - len(data)
+        share = self._shares[client] + len(data)
+        if share > held and share > SHARE * left:  # one request alone has all that there is
+            raise _too_many(
+                f"open requests of this API key or address have bodies of {share} bytes, and may have {SHARE} times "
+                f"the {left} that are left of {self._most_open} (--max-open-memory)"
+            )
         self._held[payload] = self._open[payload] = held
+        self._shares[client] = share
         self._count(len(data))
         self._board.add(Counter.OPEN_BYTES, len(data))
         body.write(data)

@@ -8,6 +8,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from engine.options.option import Positive
+from engine.options.sizes import Size
 
 
 class ListenOptions(Struct, frozen=True, kw_only=True):
@@ -52,12 +53,16 @@ class ListenOptions(Struct, frozen=True, kw_only=True):
         ),
     ] = None
     max_body_memory: Annotated[
-        Positive,
-        Meta(description="most bytes of request bodies being read or decoded, unpacked; beyond it 503"),
+        Size,
+        Meta(ge=1, description="most bytes of request bodies being read or decoded, unpacked; beyond it 503"),
     ] = 256 * 2**20
     max_open_memory: Annotated[
-        Positive,
-        Meta(description="most bytes of the bodies of open requests, which are read, wait or run; beyond it 503"),
+        Size,
+        Meta(
+            ge=1,
+            description="most bytes of the bodies of open requests, which are read, wait or run; beyond it 503; one "
+            "client alone may have three quarters of it",
+        ),
     ] = 4 * 2**30
     read_timeout: Annotated[
         float,

@@ -5,6 +5,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from engine.options.option import Positive
+from engine.options.sizes import Size
 
 MOST_BYTES = 255 * 2**20  # of a source, which travels in a frame (runtime/channel.py)
 
@@ -26,7 +27,7 @@ class MediaOptions(Struct, frozen=True, kw_only=True):
     ] = None
     media_items: Annotated[Positive, Meta(description="most images and videos of one request")] = 128
     media_bytes: Annotated[
-        int,
+        Size,
         Meta(ge=1, le=MOST_BYTES, description="most bytes of one image or video, as it is sent or fetched"),
     ] = 64 * 2**20
     media_pixels: Annotated[
@@ -44,14 +45,14 @@ class MediaOptions(Struct, frozen=True, kw_only=True):
         Meta(description="processes that decode images and video; default: half of the processors, from 1 to 8"),
     ] = None
     media_memory: Annotated[
-        int,
+        Size,
         Meta(
             ge=0,
             description="bytes of decoded images and video that each front process keeps for requests to come",
         ),
     ] = 2**30
     media_known_memory: Annotated[
-        int,
+        Size,
         Meta(
             ge=0,
             description="bytes of images and video, as the model reads them, that the scheduler and each device "
@@ -59,9 +60,10 @@ class MediaOptions(Struct, frozen=True, kw_only=True):
         ),
     ] = 512 * 2**20
     media_open_memory: Annotated[
-        Positive,
+        Size,
         Meta(
+            ge=1,
             description="most bytes of decoded images and video that the open requests of a front process show; beyond "
-            "it 503"
+            "it 503",
         ),
     ] = 4 * 2**30

@@ -6,13 +6,15 @@ engine/client/options.py for clients.
 """
 
 import math
+from collections.abc import Callable
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import NODEFAULT, Meta, Struct
 
 from engine.errors import ConfigError, did_you_mean
+from engine.options.sizes import EXPECTED, IN_BYTES, size_of, spell_size
 
 Positive = Annotated[int, Meta(ge=1)]  # a bound on a value that may also be None belongs on the number
 
@@ -21,7 +23,7 @@ class Option(Struct, frozen=True):
     """One field of an options struct, as people meet it.
 
     `annotation` is the field's declared type, `kind` the bare type in it without None and bounds. Its variable begins
-    with `prefix`, which is what the struct declares as `variables`."""
+    with `prefix`, which is what the struct declares as `variables`. `in_bytes`: it is a `Size`, so takes units."""
 
     name: str
     annotation: Any
@@ -30,6 +32,7 @@ class Option(Struct, frozen=True):
     bounds: str
     description: str
     prefix: str = "ENGINE_"
+    in_bytes: bool = False
 
     @property
     def flag(self) -> str:
@@ -61,7 +64,21 @@ class Option(Struct, frozen=True):
             return "a comma-separated list" if item is str else "a list of integers"
         if get_origin(self.kind) is dict:
             return "a JSON object"
+        if self.in_bytes:
+            return EXPECTED + self.bounds
         return {bool: "true or false", int: "an integer", float: "a number", str: "text"}[self.kind] + self.bounds
+
+    @property
+    def said_default(self) -> str:
+        """What a command line would say for its default; nothing where there is none."""
+        if self.default in (None, (), NODEFAULT):
+            return ""
+        return spell_size(self.default) if self.in_bytes else str(self.default).lower()
+
+    @property
+    def help(self) -> str:
+        """What a command line says of it."""
+        return self.description + (f" (default: {self.said_default})" if self.said_default else "")
 
     def read(self, value: Any, origin: str) -> Any:
         """`value`, text or already of the right type, as the field's type.
@@ -73,11 +90,15 @@ class Option(Struct, frozen=True):
         try:
             if get_origin(self.kind) is dict and isinstance(value, str):
                 return msgspec.json.decode(value, type=self.annotation)
+            if self.in_bytes and isinstance(value, str):
+                value = size_of(value)
             converted = msgspec.convert(value, self.annotation, strict=False)
             if isinstance(converted, float) and not math.isfinite(converted):
                 raise msgspec.ValidationError("not finite")
+            if isinstance(converted, int) and converted.bit_length() > 64:
+                raise msgspec.ValidationError("more than goes into a message between processes")
             return converted
-        except msgspec.DecodeError:  # a ValidationError is one
+        except (msgspec.DecodeError, ValueError):  # a ValidationError is a DecodeError
             hint = did_you_mean(str(value), self.choices)
             raise ConfigError(f"{origin} is {given!r}, but takes {self.expects}{hint}") from None
 
@@ -88,7 +109,9 @@ def options_of(struct: type[Struct]) -> tuple[Option, ...]:
     for field in msgspec.structs.fields(struct):
         kind, metas = _unwrap(field.type)
         description = next((meta.description for meta in metas if meta.description), "")
-        options.append(Option(field.name, field.type, field.default, kind, _bounds(metas), description, prefix))
+        in_bytes = IN_BYTES in metas
+        bounds = _bounds(metas, spell_size if in_bytes else str)
+        options.append(Option(field.name, field.type, field.default, kind, bounds, description, prefix, in_bytes))
     return tuple(options)
 
 
@@ -105,10 +128,10 @@ def _unwrap(annotation: Any) -> tuple[Any, list[Meta]]:
             return annotation, metas
 
 
-def _bounds(metas: list[Meta]) -> str:
-    """Bounds in words: " from 1 to 256", " above 0, at most 1", or nothing."""
+def _bounds(metas: list[Meta], said: Callable[[Any], str]) -> str:
+    """Bounds in words, each as `said`: " from 1 to 256", " above 0, at most 1", or nothing."""
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    found = {key: getattr(meta, key) for meta in metas for key in words if getattr(meta, key) is not None}
+    found = {key: said(getattr(meta, key)) for meta in metas for key in words if getattr(meta, key) is not None}
     if found.keys() == {"ge", "le"}:
         return f" from {found['ge']} to {found['le']}"
     return "".join(f", {words[key]} {bound}" for key, bound in found.items())

@@ -19,6 +19,8 @@ def options_page(engine: Iterable[type[Struct]], router: Iterable[type[Struct]])
         "`--config serve.toml`, or `ENGINE_CONFIG`, names a TOML file of options: `max_running = 8`, at its top level",
         "or in a table named as the group (`[schedule]`). Flags and variables overrule it.",
         "A true-or-false option has two flags: `--prefix-cache` and `--no-prefix-cache`.",
+        "A size is a number of bytes, or a number with a unit: KiB, MiB, GiB and TiB count in 1024, kB, MB, GB and TB",
+        "in 1000. So `64MiB` is `67108864`.",
     ]
     lines += tables(engine)
     lines += [
@@ -37,7 +39,7 @@ def tables(structs: Iterable[type[Struct]]) -> list[str]:
         title = (struct.__doc__ or "").rstrip(".")
         lines += ["", f"## {title}", "", "| flag | variable | takes | default | meaning |", "|---|---|---|---|---|"]
         for option in options_of(struct):
-            default = "" if option.default in (None, ()) else f"`{str(option.default).lower()}`"
+            default = f"`{option.said_default}`" if option.said_default else ""
             cells = (f"`{option.flag}`", f"`{option.variable}`", option.expects, default, option.description)
             lines.append("| " + " | ".join(cells) + " |")
     return lines

@@ -27,7 +27,7 @@ def tier_sizes(options: CacheOptions) -> TierSizes | None:
     if not options.prefix_cache:
         name = "--kv-host" if options.kv_host is not None else "--kv-disk"
         raise ConfigError(f"{name} keeps cached prefixes, and --no-prefix-cache has none; leave one of them out")
-    host = 0 if options.kv_host is None else read_size(options.kv_host, "--kv-host")
+    host = options.kv_host or 0
     if options.kv_disk is None:
         return TierSizes(host)
     place, colon, size = options.kv_disk.rpartition(":")

@@ -14,12 +14,13 @@ import torch
 from engine.config import Config
 from engine.errors import ConfigError, counted
 from engine.layers.model import Model
+from engine.options.sizes import spell_size
 
 log = logging.getLogger("engine.worker")
 
 MIB = 1 << 20
 GPU_TOKENS, CPU_TOKENS = 16384, 4096
-GPU_CACHE, CPU_CACHE = 1024, 256  # MiB
+GPU_CACHE, CPU_CACHE = 1 << 30, 256 << 20  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +43,13 @@ def sight_of(model: Model, config: Config, device: torch.device, lines: int = 0)
     tokens = config.schedule.encoder_tokens or (GPU_TOKENS if gpu else CPU_TOKENS)
     cache = config.cache.encoder_cache or (GPU_CACHE if gpu else CPU_CACHE)
     token_bytes = (1 + model.levels) * model.width * model.dtype.itemsize
-    held = cache * MIB // token_bytes
+    held = cache // token_bytes
     if held < tokens and config.schedule.encoder_tokens is None:
         tokens = held
     if held < tokens or not tokens:
         raise ConfigError(
-            f"--encoder-cache {cache} holds {held} tokens of {token_bytes} bytes, and a step encodes up to {tokens} "
-            "(--encoder-tokens); raise the former or lower the latter"
+            f"--encoder-cache {spell_size(cache)} holds {held} tokens of {token_bytes} bytes, and a step encodes "
+            f"up to {tokens} (--encoder-tokens); raise the former or lower the latter"
         )
     return Sight(tokens, held, token_bytes, lines)
 

@@ -121,6 +121,7 @@ class Transfers:
             self._streams = {way: torch.cuda.Stream(device) for way in ("down", "up")}
         self._told: torch.cuda.Event | None = None  # the end of the last copy up that was told of
         self._held: torch.cuda.Event | None = None  # and of the last copy down that held a step
+        self._clears = 0  # what was to be kept before the last of them is dropped, unless the store has begun
         self._copiers = {way: Threads(1, way) for way in ("down", "up")}
         self._asking, self._reading, self._writing = (
             Threads(count, name) for count, name in ((ASKERS, "ask"), (READERS, "read"), (1, "write"))
@@ -155,7 +156,13 @@ class Transfers:
         match move.way:
             case "down" | "up":
                 self._copy_pages(move, answer)
-            case "keep" | "clear":
+            case "keep":
+                clears = self._clears
+                self._writing.submit(
+                    lambda: self._ask(move, answer) if clears == self._clears else answer([False] * move.count)
+                )
+            case "clear":
+                self._clears += 1  # so it waits for the one move that the store is keeping, and not for others
                 self._writing.submit(lambda: self._ask(move, answer))
             case "find" | "fetch":
                 self._asking.submit(lambda: self._ask(move, answer))

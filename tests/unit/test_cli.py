@@ -74,6 +74,7 @@ def test_every_option_is_a_flag_of_serve(served: list[Config], monkeypatch: pyte
     other = {"dtype": "float16", "device": "cpu", "placement": "single", "log_level": "debug", "memory_fraction": "0.5"}
     other |= {"load": "dummy", "kv_dtype": "fp8", "sampling_defaults": "openai", "metrics_aliases": "vllm"}
     other |= {"launcher": "lws", "kv_policy": "write-back", "kv_fetch": "always", "ep_exchange": "gather"}
+    other |= {"encoder_cache": "7MiB"}
     for struct in groups().values():
         for option in options_of(struct):
             value = other.get(option.name, "7")

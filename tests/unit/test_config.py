@@ -1,5 +1,6 @@
 """One declaration an option: flags, variables, bounds and docs/options.md all come from the structs."""
 
+import re
 from pathlib import Path
 
 import msgspec
@@ -9,8 +10,13 @@ from engine.config import Config, groups, resolve
 from engine.errors import ConfigError
 from engine.options.option import options_of
 from engine.options.page import options_page
-from engine.router.options import router_groups
+from engine.options.sizes import spell_size
+from engine.router.options import UpOptions, router_groups
 
+EVERYWHERE = [
+    option for struct in (*groups().values(), *router_groups().values(), UpOptions) for option in options_of(struct)
+]
+SIZES = [option for option in EVERYWHERE if option.in_bytes]
 ALL = [option for struct in groups().values() for option in options_of(struct)]
 
 
@@ -47,6 +53,34 @@ def test_the_command_line_overrules_the_environment() -> None:
 
 def test_typed_values_are_taken_as_they_are() -> None:
     assert resolve({"plugins": ("a",), "max_running": 2, "threads": None}).model.plugins == ("a",)
+
+
+@pytest.mark.parametrize("option", SIZES, ids=lambda option: option.variable)
+def test_every_option_in_bytes_takes_numbers_and_units_and_refuses_others_by_name(option) -> None:
+    for said, size in (("67108864", 1 << 26), ("64MiB", 1 << 26), ("1.5 mb", 1_500_000), (1 << 26, 1 << 26)):
+        assert option.read(said, option.flag) == size
+    if option.said_default:
+        assert re.fullmatch(r"[1-9][0-9]*[MG]iB", option.said_default)
+        assert option.read(option.said_default, option.flag) == option.default
+    bounds = [option.read(bound, option.flag) for bound in re.findall(r"\d+\w*B", option.bounds)]  # least, then most
+    beyond = [f"{bounds[0] - 1}", *(spell_size(most + 1) for most in bounds[1:])]
+    for bad in (*beyond, "", "many", "64MiX", "1e3", "0x10", "9" * 31, "9" * 30, "99999999TiB", "1.5.1MB", 1.5, 2**70):
+        with pytest.raises(ConfigError) as caught:
+            option.read(bad, option.flag)
+        for words in (f"{option.flag} is {bad!r}", "64MiB, or a number of bytes", *map(spell_size, bounds)):
+            assert words in str(caught.value)
+
+
+def test_no_option_that_speaks_of_bytes_is_a_bare_number_or_text() -> None:
+    """Its name or what is said of it gives an option in bytes away; of another kind is only a path with a size."""
+    speaks = re.compile(r"^\w*(memory|bytes)\w* |bytes|[0-9 ][KMGT]i?B\b")
+    found = {
+        option.name
+        for option in EVERYWHERE
+        if option.kind in (int, str) and speaks.search(f"{option.name} {re.sub('--[a-z-]+', '', option.description)}")
+    }
+    assert found - {option.name for option in SIZES} == {"kv_disk"}
+    assert {option.name for option in SIZES} <= found, "another word that gives such options away"
 
 
 @pytest.mark.parametrize(

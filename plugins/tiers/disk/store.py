@@ -32,7 +32,7 @@ PATIENCE_SECONDS = 1.0  # a call may take so long, and what its bytes take at th
 SLOWEST_BYTES = 100e6  # a second
 REFRESH_SECONDS = 1.0  # how old what is known of others' segments may be
 DIRECT_BYTES = 64 << 10  # a page of so many bypasses the page cache
-CLEAR_PATIENCE = 10.0  # times as long as for others: many files are removed
+CLEAR_PATIENCE = 25.0  # times as long as for others: many files are removed, and a user waits 30 s
 TOUCH_SECONDS = 10.0  # how often a segment in use is said to be
 
 
@@ -128,12 +128,14 @@ class DiskStore:
         is written. Many segments take it long, which is no stall."""
         with self._lock:
             self._flushes += 1
-        return "" if self._clear_all() else f"the disk {self._folder.root} {self._why}"
+        return "" if self._clear_all(waits=True) else f"the disk {self._folder.root} {self._why}"
 
-    def _clear_all(self) -> bool:
-        """Whether the disk has forgotten what it had at the last flush."""
+    def _clear_all(self, *, waits: bool = False) -> bool:
+        """Whether the disk has forgotten what it had at the last flush. If it still removes what it had at one before,
+        that is not known, unless this `waits` for it."""
         self._why = "does not answer"
-        self._clearing.run([self._guarded("write", self._clear)], CLEAR_PATIENCE * self._patience)
+        seconds = CLEAR_PATIENCE * self._patience
+        self._clearing.run([self._guarded("write", self._clear)], seconds, waits=waits)
         return self._flushes_done == self._flushes
 
     def _is_cleared(self) -> bool:

@@ -73,9 +73,10 @@ class Threads:
         running = list(self._running.values())
         return len(running) == len(self._threads) and all(ticket.left for ticket in running)
 
-    def run(self, works: Sequence[Work], seconds: float) -> list[bool]:
-        """What each of `works` returns, within `seconds`; False for what does not. A work raises nothing."""
-        if self.passed_over:
+    def run(self, works: Sequence[Work], seconds: float, *, waits: bool = False) -> list[bool]:
+        """What each of `works` returns, within `seconds`; False for what does not. A work raises nothing. Where the
+        disk is passed over all are False at once, unless this `waits` for it to go on."""
+        if self.passed_over and not waits:
             return [False] * len(works)
         end = time.monotonic() + seconds
         finished = threading.Semaphore(0)

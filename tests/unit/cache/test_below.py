@@ -1,16 +1,21 @@
 """What lies below the device, in integers: which page gives way, how pages are named, what no cache could exceed."""
 
 import random
+import sys
 from array import array
+from itertools import islice
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from engine.cache.ceiling import Ceiling
 from engine.cache.device import DevicePages
-from engine.cache.host import HostPages, Place
+from engine.cache.doubles import Doubles
+from engine.cache.host import HostPages
 from engine.cache.keeping import Keeping
 from engine.cache.names import PageNames
+from engine.cache.place import Place
 
 
 def there(host, *names):
@@ -116,9 +121,115 @@ def test_a_double_that_a_store_is_to_be_given_outlives_other_doubles_but_no_othe
     there(host, *"cd")
     assert held(host, "abcdpqrs") == "abcdqr"  # s, which nobody wants, and the first that is wanted
     assert host.add([b"x"], spare=True) == []
-    keeping.kept(keeping.due()[0], [True] * 2)
-    assert [place.name for place in host.add([b"x"], spare=True)] == [b"q"] or held(host, "qr") == "r"
+    (places,) = keeping.due()
+    for place in places:
+        place.pins += 1
+    assert host.add([b"x"], spare=True) == []  # they are being read
+    keeping.kept(places, [True] * 2)
+    host.unpin(places)
+    assert [place.name for place in host.add([b"x"], spare=True)] == [b"x"]
+    assert held(host, "qr") == "r"
     host.check_integrity()
+
+
+def steps_of(work):
+    """How many lines of the cache's code `work` runs; each turn of a generator is one."""
+    steps, before = 0, sys.gettrace()
+
+    def trace(frame, event, _):
+        nonlocal steps
+        if "/engine/cache/" not in frame.f_code.co_filename:
+            return None
+        steps += event == "line"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return steps
+
+
+def test_a_look_for_what_gives_way_steps_over_pages_that_wait_for_a_slow_disk_once():
+    def looks(size):
+        """The steps of as many looks that find nothing, and of as many that find one page each."""
+        host, keeping = HostPages(size), Keeping(size)
+        for number in range(size):
+            doubles(host, str(number))
+            keeping.want(host.get(str(number).encode()))
+        vain = steps_of(lambda: [host.add([b"x"], spare=True) for _ in range(size)])
+        found = steps_of(lambda: [there(host, f"new{number}") for number in range(size)])
+        assert host.names == {f"new{number}".encode() for number in range(size)}
+        host.check_integrity()
+        return vain / size, found / size
+
+    for few, many in zip(looks(50), looks(500), strict=True):
+        assert many < 1.1 * few
+
+
+class AnyDouble(RuleBasedStateMachine):
+    """Doubles beside the plain list of them that was gone through at each look."""
+
+    def __init__(self):
+        super().__init__()
+        self.doubles, self.list, self.number = Doubles(), [], 0
+
+    def draw(self, data):
+        return data.draw(st.sampled_from(self.list))
+
+    @rule(pins=st.integers(0, 1))
+    def add(self, pins):
+        self.number += 1
+        self.list.append(Place(b"%d" % self.number, self.number, pins=pins, double=True))
+        self.doubles.add(self.list[-1])
+
+    @precondition(lambda self: self.list)
+    @rule(data=st.data())
+    def use(self, data):
+        place = self.draw(data)
+        self.list.remove(place)
+        self.list.append(place)
+        self.doubles.use(place)
+
+    @precondition(lambda self: self.list)
+    @rule(data=st.data())
+    def want(self, data):
+        place = self.draw(data)
+        place.awaited = place.awaited or not place.pins
+
+    @precondition(lambda self: self.list)
+    @rule(data=st.data())
+    def pin(self, data):
+        place = self.draw(data)
+        place.pins, place.awaited = place.pins + 1, False
+
+    @precondition(lambda self: any(place.pins for place in self.list))
+    @rule(data=st.data())
+    def unpin(self, data):
+        place = data.draw(st.sampled_from([place for place in self.list if place.pins]))
+        place.pins -= 1
+        if not place.pins:
+            self.doubles.unpinned(place)
+
+    @rule(most=st.integers(0, 3), spare=st.booleans())
+    def give_way(self, most, spare):
+        right = [place for place in reversed(self.list) if not (place.pins or place.awaited)]
+        right += [place for place in reversed(self.list) if place.awaited and not (place.pins or spare)]
+        right = right[:most]
+        assert list(islice(self.doubles.victims(spare=spare), most)) == right
+        for place in right:
+            self.list.remove(place)
+            self.doubles.remove(place)
+
+    @invariant()
+    def all_would_be_found(self):
+        self.doubles.check_integrity()
+        assert len(self.doubles) == len(self.list)
+
+
+TestAnyDouble = AnyDouble.TestCase
+TestAnyDouble.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 
 
 def test_what_the_device_has_no_more_is_as_good_as_others_that_were_used_just_now():

@@ -141,12 +141,12 @@ async def test_a_body_is_held_until_it_is_decoded_or_its_client_leaves() -> None
 
 async def test_the_bodies_of_open_requests_share_a_bound_until_they_are_over() -> None:
     front = FakeFront(hangs=True)
-    body = post(long_body(90_000))
-    async with serving(front, max_open_memory=200_000) as url, AsyncExitStack() as stack:
-        for _ in range(2):  # decoded, and going on
+    body = post(long_body(90_000), KEY)
+    async with serving(front, max_open_memory=200_000, api_key=("a", "b", "key")) as url, AsyncExitStack() as stack:
+        for key in (b"X-Api-Key: a", b"X-Api-Key: b"):  # decoded, and going on
             stream = await stack.enter_async_context(dial(url))
             front.began = anyio.Event()
-            await stream.send(body)
+            await stream.send(post(long_body(90_000), key))
             with anyio.fail_after(60):
                 await front.began.wait()
         async with dial(url) as third:
@@ -156,7 +156,7 @@ async def test_the_bodies_of_open_requests_share_a_bound_until_they_are_over() -
             assert "have bodies of 180" in said["error"]["message"]
             assert "and may have 200000 (--max-open-memory); send" in said["error"]["message"]
         async with dial(url) as third:
-            assert await refusal(third, post(long_body(200_001))) == (413, "body_too_large")
+            assert await refusal(third, post(long_body(200_001), KEY)) == (413, "body_too_large")
         front.script, front.hangs = list(chunks("a")), False
         await stack.aclose()  # their clients leave
         statuses = set()
@@ -166,6 +166,38 @@ async def test_the_bodies_of_open_requests_share_a_bound_until_they_are_over() -
         for _ in range(3):
             async with dial(url) as third:
                 assert (await answer(third, body))[0] == 200
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+async def test_a_client_with_many_open_bodies_is_refused_while_another_is_served(keyed: bool) -> None:
+    """By its key, or else by its address."""
+    front = FakeFront(hangs=True)
+    options = {"api_key": ("one", "two")} if keyed else {}
+    async with serving(front, max_open_memory=800_000, **options) as url, AsyncExitStack() as stack:
+
+        async def dialled(client: str) -> tuple[ByteStream, bytes]:
+            """A connection of that client, and a request for it."""
+            host = "127.0.0.2" if client == "two" and not keyed else "127.0.0.1"
+            stream = await anyio.connect_tcp("127.0.0.1", int(url.rpartition(":")[2]), local_host=host)
+            headers = [f"X-Api-Key: {client}".encode()] if keyed else []
+            return await stack.enter_async_context(stream), post(long_body(100_000), *headers)
+
+        with anyio.fail_after(60):
+            for clients in (["one"] * 6, ["two"]):  # three quarters of the bound; and one where a quarter is left
+                for client in clients:
+                    stream, request = await dialled(client)
+                    front.began = anyio.Event()
+                    await stream.send(request)
+                    await front.began.wait()
+                status, _, said = await answer(*await dialled(clients[0]))
+                assert (status, said["error"]["code"]) == (503, "too_many_bytes")
+                assert "of this API key or address have bodies of " in said["error"]["message"]
+                assert "are left of 800000 (--max-open-memory); send" in said["error"]["message"]
+            front.script, front.hangs = list(chunks("a")), False
+            await stack.aclose()  # they leave
+            served = 0
+            while served < 6:
+                served += (await answer(*await dialled("one")))[0] == 200
 
 
 @pytest.mark.parametrize("bound", ["max_body_memory", "max_open_memory"])

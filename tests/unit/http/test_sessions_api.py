@@ -196,7 +196,7 @@ async def test_what_is_held_is_shown_and_cleared() -> None:
 
 
 async def test_what_lies_below_the_device_is_shown() -> None:
-    options = CacheOptions(kv_host="1MiB", kv_disk="/pages:2MiB")
+    options = CacheOptions(kv_host=2**20, kv_disk="/pages:2MiB")
     below = TierStats(host_pages=16, host_used=5, store_pages=7, store_bytes=7000)
     stats = Stats("ready", pages=8, pages_free=2, pages_cached=5, tiers=below)
     assert tiers_held(stats, 1000, options) == [
@@ -204,4 +204,4 @@ async def test_what_lies_below_the_device_is_shown() -> None:
         TierReply("host", 5, 0, 5000, 16_000),
         TierReply("disk", 7, 0, 7000, 2 << 20),
     ]
-    assert len(tiers_held(stats, 1000, CacheOptions(kv_host="1MiB"))) == 2
+    assert len(tiers_held(stats, 1000, CacheOptions(kv_host=2**20))) == 2

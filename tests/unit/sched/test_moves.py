@@ -103,6 +103,7 @@ class TierBench(Bench):
         return stepped or bool(self.below.moving)
 
     def drain(self, steps=20_000):
+        self.go_on()  # a request that was aborted last may have left pages that are to go down
         while self.live or self.below.moving or self.flying:
             self.step()
             steps -= 1
@@ -340,6 +341,25 @@ def test_a_store_that_refuses_to_forget_is_asked_for_nothing_until_it_has():
     bench.finish()
     assert not (bench.moves.clearing or bench.moves.uncleared or bench.moves.stats().uncleared or bench.below.store)
     assert run(bench, "c", LONG) == (0, 33)
+    assert len(bench.below.store) == 8
+    bench.drain()
+
+
+def test_what_a_store_drops_for_a_flush_is_no_refusal():
+    bench = TierBench(40, pages=11)
+    bench.pace = 0.0  # no pause ends by itself
+    bench.admit(request("a", LONG, max_new=1))
+    while "keep" not in {move.way for move in bench.below.moving}:
+        bench.step()
+    failed = bench.moves.stats().failed
+    bench.scheduler.flush()
+    bench.failing = b"\1" * 40
+    while any(move.way == "keep" for move in bench.below.moving):
+        bench.finish(next(place for place, move in enumerate(bench.below.moving) if move.way == "keep"))
+    bench.failing = b""
+    assert not bench.scheduler.tiers.keeping.paused and bench.moves.stats().failed == failed
+    bench.drain_steps()
+    assert run(bench, "b", LONG) == (0, 33)
     assert len(bench.below.store) == 8
     bench.drain()
 

@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,7 +47,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Open]:
 @contextmanager
 def impatient(store: DiskStore) -> Iterator[None]:
     """Calls of `store` wait for next to nothing."""
-    patience, store._patience = store._patience, 0.05
+    patience, store._patience = store._patience, 0.02
     yield
     store._patience = patience
 
@@ -283,6 +284,19 @@ def test_a_flush_while_the_disk_still_clears_is_not_done_by_that(opened: Open, t
     while put(store, 3) == [False]:
         time.sleep(0.01)
     assert got(opened(FaultyFiles(), tmp_path), 1, 2, 3) == [False, False, True]
+
+
+def test_a_flush_that_is_sent_again_waits_for_the_disk_to_go_on_with_the_first(opened: Open) -> None:
+    files = FaultyFiles()
+    store = opened(files)
+    assert put(store, 1) == [True]
+    files.faults = Faults(stall=frozenset(["remove"]))
+    with impatient(store):
+        assert store.clear().endswith("does not answer")
+        assert put(store, 2) == [False]  # which does not wait
+    threading.Timer(0.1, files.faults.resumed.set).start()
+    assert store.clear() == ""
+    assert put(store, 3) == [True] == got(store, 3) and got(store, 1) == [False]
 
 
 def test_a_folder_that_is_removed_is_made_again(opened: Open, tmp_path: Path) -> None:

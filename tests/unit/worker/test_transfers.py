@@ -1,7 +1,9 @@
 """Moves of pages on a CPU: bytes arrive where they should, in order with the steps, and what a store does is told."""
 
+import threading
 import time
 from array import array
+from collections.abc import Sequence
 from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
@@ -152,6 +154,36 @@ def test_what_a_store_does_not_clear_is_not_done_and_says_why() -> None:
     assert Mover(HEADS, copy=1).move("clear").done == b"\1"  # of another copy
 
 
+def test_to_clear_a_store_that_stalls_waits_for_what_it_is_keeping_and_drops_what_is_queued() -> None:
+    mover, begun, goes_on = Mover(HEADS), threading.Event(), threading.Event()
+    asked: list[str] = []
+    put, clear = mover.store.put, mover.store.clear
+
+    def stalling(keys: Sequence[bytes], pages: Sequence[memoryview]) -> list[bool]:
+        asked.append("put")
+        begun.set()
+        assert goes_on.wait(20)
+        return put(keys, pages)
+
+    def clearing() -> str | None:
+        asked.append("clear")
+        return clear()
+
+    mover.store.put, mover.store.clear = stalling, clearing  # type: ignore[method-assign, assignment]
+    ways = ("keep", "keep", "keep", "clear", "keep")
+    for number, way in enumerate(ways):
+        slots, own = (array("i", [0]).tobytes(), names("abcde"[number])) if way == "keep" else (b"", ())
+        mover.transfers.begin(Move(number, way, b"", slots, b"".join(own)), mover.told.put)  # type: ignore[arg-type]
+        assert begun.wait(20)  # the first is under way
+    goes_on.set()
+    told = [mover.told.get(timeout=20) for _ in ways]
+    assert [(moved.number, moved.done, moved.cause) for moved in told] == [
+        *((0, b"\1", ""), (1, b"\0", ""), (2, b"\0", ""), (3, b"\1", ""), (4, b"\1", ""))
+    ]
+    assert asked == ["put", "clear", "put"]
+    assert mover.move("find", names=names(*"abcde")).done == b"\0\0\0\0\1"
+
+
 def test_the_store_is_closed_at_the_end() -> None:
     mover = Mover(HEADS)
     mover.move("keep", slots=[0], names=names("a"))
@@ -244,7 +276,7 @@ def test_sizes_that_do_not_go_together_are_refused(monkeypatch: pytest.MonkeyPat
     tiers.check_tiers(resolve({"kv_host": "8GiB"}))
     for options, said in (
         ({"kv_host": "8.1GiB"}, r"--kv-host 8.1 GiB is more than the 8 GiB"),
-        ({"kv_host": "much"}, r"--kv-host is 'much', but takes a size such as 64GiB"),
+        ({"kv_host": "much"}, r"--kv-host is 'much', but takes a size"),
         ({"kv_disk": "/path"}, r"--kv-disk is '/path', but takes a path and a size"),
         ({"kv_disk": "/path:1XB"}, r"the size in --kv-disk is '1XB'"),
         ({"kv_host": "1GiB", "prefix_cache": False}, r"--no-prefix-cache"),
