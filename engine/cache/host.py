@@ -49,7 +49,7 @@ class HostPages:
     def __init__(self, size: int) -> None:
         self.pool = PagePool(size)
         self._kinds = bytearray(size)  # of the slots: free, new or hit
-        self._most_hit = size - -(-size // 4)
+        self.most_hit = size - -(-size // 4)  # pages that are asked for again
         self._places: dict[bytes, Place] = {}
         self._new: OrderedDict[bytes, Place] = OrderedDict()  # least recently used first
         self._hit: OrderedDict[bytes, Place] = OrderedDict()
@@ -180,7 +180,7 @@ class HostPages:
 
     def _bound(self) -> None:
         """Those that were asked for again leave room for new ones."""
-        while len(self._hit) > self._most_hit:
+        while len(self._hit) > self.most_hit:
             name, place = self._hit.popitem(last=False)
             self._new[name] = place
             place.hit = False
@@ -231,7 +231,7 @@ class HostPages:
         places = self.places()
         self.pool.check_integrity([[place.slot] for place in places])
         orders = (self._new, self._hit, self._doubles)
-        assert sum(map(len, orders)) == len(self._places) and len(self._hit) <= self._most_hit
+        assert sum(map(len, orders)) == len(self._places) and len(self._hit) <= self.most_hit
         assert all(self._order(place).get(name) is place and place.known for name, place in self._places.items())
         assert all(place.double == (name in self._above) for name, place in self._places.items()), "a double is not one"
         gave_way = {name for name, place in self._above.items() if place is not None}

@@ -395,6 +395,20 @@ def test_a_restarted_engine_finds_in_the_store_what_it_had():
     bench.drain()
 
 
+@pytest.mark.parametrize("host", [4, 8, 19])
+def test_of_a_prompt_that_the_host_has_no_room_for_as_much_is_fetched_as_it_keeps(host):
+    """The last pages would push out the first, and all would be computed that had been waited for."""
+    text = [index * index % 7 % 4 for index in range(81)]
+    before, bench = (TierBench(size, pages=24, max_step_tokens=30) for size in (40, host))
+    run(before, "a", text)
+    bench.below.store.update(before.below.store)
+    assert len(bench.below.store) == 20
+    kept = host * 3 // 4
+    assert run(bench, "b", text) == (4 * kept, 81 - 4 * kept)
+    assert bench.scheduler.tiers.counts.fetched == bench.scheduler.tiers.counts.from_store == kept
+    bench.drain()
+
+
 def test_what_a_store_holds_is_asked_for_at_the_start_of_each_life():
     bench = TierBench(40, pages=11)
     for _ in range(2):
