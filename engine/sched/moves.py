@@ -180,7 +180,10 @@ class Moves:
         asked = sum(each.ceiling.asked for each in tiers)
         total = {
             name: sum(getattr(each, name) for each in counts)
-            for name in ("down", "kept", "fetched", "from_host", "from_store", "refused", "failed", "computed")
+            for name in (
+                *("down", "kept", "fetched", "from_device", "from_host", "from_store", "refused", "failed"),
+                "computed",
+            )
         }
         return TierStats(
             host_pages=sum(each.options.host for each in tiers),

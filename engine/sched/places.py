@@ -62,6 +62,8 @@ class Places:
         request.pages += self.pages.take(pages_for(len(request.ids), self._page_size) - request.shared)
         if request.named is not None:
             self.pages.name(request.named, request.pages, request.shared)
+        if self.tiers is not None and request.cached < 0:  # it runs for the first time
+            self.tiers.counts.from_device += max(0, request.shared - request.risen)
         if self._told(request):
             assert self.tiers is not None and request.names is not None and request.node is not None
             self.tiers.hit(request.node, request.names.upto(request.shared), request.pages[: request.shared])
@@ -119,6 +121,7 @@ class Places:
         key = key[held * stride : (held + count) * stride]
         request.rise = self.tiers.rise(request.node, key, names, held, pages[:count])
         request.rises += 1
+        request.risen += count
         request.leave()  # the lock is the move's now
         return True
 

@@ -475,6 +475,24 @@ def test_others_run_while_pages_come_up_and_who_shares_them_waits_for_the_same_m
     assert bench.scheduler.tiers.counts.from_host == 8
 
 
+def test_a_hit_is_counted_where_it_was_and_no_count_falls():
+    """Who leaves before its pages have come, and who shares them, take nothing from what the device had."""
+    bench = TierBench(60, pages=12, stores=False)
+    counts = bench.scheduler.tiers.counts
+    run(bench, "a", LONG)
+    assert run(bench, "b", LONG) == (32, 1)
+    assert (counts.from_device, counts.from_host) == (8, 0)
+    run(bench, "c", OTHER)
+    bench.admit(request("d", LONG, max_new=1))
+    bench.plan()
+    bench.end("d")
+    bench.ends["d"] = "abort"
+    while bench.below.moving:
+        bench.finish()
+    assert (counts.from_device, counts.from_host) == (8, 6)  # two had stayed
+    assert run(bench, "e", OTHER)[0] == 4 * (counts.from_device - 8 + counts.from_host - 6) == 36
+
+
 @pytest.mark.parametrize(("end", "pages"), [("whole", 6), ("stopped", 4), ("retracted", 4)])
 def test_pages_of_a_reply_go_down_together_at_its_end(end, pages):
     """While a request decodes nothing moves, however many of its pages are full."""
