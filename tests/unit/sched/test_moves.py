@@ -405,7 +405,9 @@ def test_of_a_prompt_that_the_host_has_no_room_for_as_much_is_fetched_as_it_keep
     assert len(bench.below.store) == 20
     kept = host * 3 // 4
     assert run(bench, "b", text) == (4 * kept, 81 - 4 * kept)
-    assert bench.scheduler.tiers.counts.fetched == bench.scheduler.tiers.counts.from_store == kept
+    stats = bench.moves.stats()
+    assert stats.fetched == stats.from_store == kept
+    assert abs(stats.ceiling - kept / 20) < 0.01, "what an earlier life has left was asked for before"
     bench.drain()
 
 
@@ -491,6 +493,8 @@ def test_a_hit_is_counted_where_it_was_and_no_count_falls():
         bench.finish()
     assert (counts.from_device, counts.from_host) == (8, 6)  # two had stayed
     assert run(bench, "e", OTHER)[0] == 4 * (counts.from_device - 8 + counts.from_host - 6) == 36
+    stats = bench.moves.stats()
+    assert stats.asked_total == 36 and abs(stats.ceiling - 0.5) < 0.01, "one that never ran counts"
 
 
 @pytest.mark.parametrize(("end", "pages"), [("whole", 6), ("stopped", 4), ("retracted", 4)])
@@ -593,6 +597,8 @@ def test_each_copy_of_attention_has_tiers_of_its_own():
             turn()
         scheduler.check_integrity()
     assert sum(cached[f"2.{number}"] for number in range(6)) >= 4 * 32
+    stats = moves.stats()  # each page was asked for three times, in whichever copy
+    assert stats.asked_total == 3 * 56 and abs(stats.ceiling - 2 / 3) < 0.01
     assert moves.stats().from_host > 20
     assert all(each.done["up"] for each in below) and moves.stats().host_pages == 180
 
