@@ -3,12 +3,13 @@
     Flush ──> device and host forget at once ──> the store is told ──> answered: cleared, or why not
                                                       └── no answer in time ──> answered: not yet
 
-One that comes before a store is open is not done, and its client is told so; it is done as soon as there is one. Left
-out: asking a store again (cache/clearing.py).
+Whoever is answered finds the figures of what is held as they are then. A flush that comes before a store is open is not
+done, and its client is told so; it is done as soon as there is one. Left out: asking a store again (cache/clearing.py).
 """
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 from msgspec.structs import replace
@@ -27,10 +28,10 @@ PATIENCE_SECONDS = 30.0  # for which a store is waited for
 
 
 class Flushes:
-    """Those that `front` has not been answered. `stores`: there is one below, or will be."""
+    """Those that `front` has not been answered; `show` tells it all figures. `stores`: one is below, or will be."""
 
-    def __init__(self, front: Outbox[ToFront], *, stores: bool = False) -> None:
-        self._front = front
+    def __init__(self, front: Outbox[ToFront], show: Callable[[], Awaitable[None]], *, stores: bool = False) -> None:
+        self._front, self._show = front, show
         self._stores = stores
         self._early = False  # one came before there was a scheduler
         self._waiting: dict[int, Flushed] = {}  # by their numbers, what is forgotten already
@@ -46,6 +47,8 @@ class Flushes:
             self._early = True
             return await self._tell(asked.number, Flushed(0, 0, "the device worker, which opens it, is starting"))
         flushed = Flushed(*(scheduler.flush() if scheduler else (0, 0)))
+        if scheduler is not None:
+            scheduler.live.sessions.count(time.monotonic())
         if moves is not None and moves.clearing:
             self._waiting[asked.number] = flushed
             self._until.set(asked.number, PATIENCE_SECONDS)
@@ -74,4 +77,5 @@ class Flushes:
     async def _tell(self, number: int, flushed: Flushed) -> None:
         if flushed.uncleared:
             log.warning("a flush has not cleared the store of KV pages: %s", flushed.uncleared)
+        await self._show()
         await self._front.send(Answer(number, msgspec.msgpack.encode(flushed)))

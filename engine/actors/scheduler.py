@@ -97,7 +97,7 @@ class SchedulerActor:
         self.followers = Followers(front) if config.cache.cache_events else None
         self.moves: Moves | None = None  # where there are tiers below the device
         self.tiers: TierStats | None = None  # their figures, as they were told last
-        self._flushes = Flushes(front, stores=config.cache.kv_disk is not None)
+        self._flushes = Flushes(front, self._send_stats, stores=config.cache.kv_disk is not None)
         self._wanted = Deadlines()  # of needs for pages
         self.looking = Looking(0 if (sizes := tier_sizes(config.cache)) is None else sizes.store)
         # Whose turn it is to plan and to send: plans and moves leave in the order in which they were made, also where

@@ -26,7 +26,7 @@ class Ceiling:
         self._ranks = [REGISTERS] + [0] * (WIDE + 1)  # how many registers have each
 
     def ask(self, names: Sequence[bytes], known: int = 0) -> None:
-        """Of the first `known` a cache says that they were there before, so they are no new ones."""
+        """Of the first `known` a cache has given, they were asked for before, by whomever: so they are no new ones."""
         registers, ranks = self._registers, self._ranks
         self.asked += len(names)
         for number in array("Q", b"".join(names[known:]))[:: NAME_BYTES // 8]:

@@ -31,7 +31,7 @@ class HostPages:
     def __init__(self, size: int) -> None:
         self.pool = PagePool(size)
         self._kinds = bytearray(size)  # of the slots: free, new or hit
-        self._most_hit = size - -(-size // 4)
+        self.most_hit = size - -(-size // 4)  # pages that are asked for again
         self._places: dict[bytes, Place] = {}
         self._new: OrderedDict[bytes, Place] = OrderedDict()  # least recently used first
         self._hit: OrderedDict[bytes, Place] = OrderedDict()
@@ -166,7 +166,7 @@ class HostPages:
 
     def _bound(self) -> None:
         """Those that were asked for again leave room for new ones."""
-        while len(self._hit) > self._most_hit:
+        while len(self._hit) > self.most_hit:
             name, place = self._hit.popitem(last=False)
             self._new[name] = place
             place.hit = False
@@ -222,7 +222,7 @@ class HostPages:
         self.pool.check_integrity([[place.slot] for place in places])
         self._doubles.check_integrity()
         count = len(self._new) + len(self._hit) + len(self._doubles)
-        assert count == len(self._places) and len(self._hit) <= self._most_hit
+        assert count == len(self._places) and len(self._hit) <= self.most_hit
         for order, hit in ((self._new, False), (self._hit, True)):
             for name, place in order.items():
                 assert self._places[name] is place and place.known and not place.double and place.hit == hit

@@ -60,9 +60,11 @@ class TierCounts:
     """Pages that moved, and that were not moved because there was no room (`refused`), something `failed`, or they are
     `computed` sooner than a store gives them.
 
-    Those that went up are told apart by where they had come `from`."""
+    Those that went up are told apart by where they had come `from`. The device had `from_device` of those that prompts
+    began with, so that none had to come up for them."""
 
     down: int = 0
+    from_device: int = 0
     from_host: int = 0
     from_store: int = 0
     kept: int = 0

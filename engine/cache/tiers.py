@@ -281,7 +281,9 @@ class Tiers:
 
     def want(self, number: int, names: Sequence[bytes], held: int) -> None:
         """A request needs the pages of `names`, of which the device has the first `held`. Once `needs.settled` names
-        this `number`, what a store has of them is in the pool or comes there; or that is not known in time."""
+        this `number`, what a store has of them is in the pool or comes there; or that is not known in time. More than
+        the pool keeps beside each other are not asked for: the last would push out the first, before any goes up."""
+        names = names[: held + self.host.most_hit]
         first, coming, there = held, set[int](), self.host.names
         while first < len(names) and (names[first] in self._coming or names[first] in there):
             coming.add(self._coming.get(names[first], 0))

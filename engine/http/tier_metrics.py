@@ -21,9 +21,9 @@ def tiers_of(stats: Stats, info: WorkerReady | None) -> Iterator[Metric]:
         "engine_tier_host_limit_bytes", "Bytes that the host tier has room for", tiers.host_pages * page
     )
     hits = CounterMetricFamily("engine_tier_hit_tokens", "Prompt tokens that a tier held", labels=["tier"])
-    below = {"host": tiers.from_host * info.page_size, "store": tiers.from_store * info.page_size}
-    for tier, tokens in {"device": max(0, stats.cached_tokens_total - sum(below.values())), **below}.items():
-        hits.add_metric([tier], tokens)
+    found = {"device": tiers.from_device, "host": tiers.from_host, "store": tiers.from_store}
+    for tier, pages in found.items():
+        hits.add_metric([tier], pages * info.page_size)
     yield hits
     moved = CounterMetricFamily("engine_tier_moved_bytes", "Bytes of KV pages that moved between tiers", labels=["way"])
     ways = {"down": tiers.down, "up": tiers.from_host + tiers.from_store, "keep": tiers.kept, "fetch": tiers.fetched}

@@ -188,11 +188,12 @@ class TierStats(Part, frozen=True):
     """Figures of the tiers below the device, of all copies of attention together; pages are numbers of pages.
 
     Pages that went `down` to the host, were `kept` in a store, `fetched` from it, and came up to the device, of which
-    some were `from_host` and others `from_store`; `refused` found no room below, and `failed` were computed again. A
-    store had others that were `computed`, because that was sooner. To fetch and to bring up took `seconds_up`. Of the
-    `asked_total` pages of prompts that came, a cache without end would have had the share `ceiling`. All that the tiers
-    gave would have taken about `seconds_saved` to compute. `stores` is what the stores count, by their names for it.
-    One that is `uncleared` has not forgotten yet what a flush was to clear, and gives nothing until then."""
+    some were `from_host` and others `from_store`; others that prompts began with were there (`from_device`). `refused`
+    found no room below, and `failed` were computed again. A store had others that were `computed`, because that was
+    sooner. To fetch and to bring up took `seconds_up`. Of the `asked_total` pages of prompts that came, a cache without
+    end would have had the share `ceiling`. All that the tiers gave would have taken about `seconds_saved` to compute.
+    `stores` is what the stores count, by their names for it. One that is `uncleared` has not forgotten yet what a flush
+    was to clear, and gives nothing until then."""
 
     host_pages: int
     host_used: int
@@ -212,6 +213,7 @@ class TierStats(Part, frozen=True):
     stores: dict[str, int] = {}  # noqa: RUF012 - msgspec copies it
     uncleared: bool = False
     computed: int = 0
+    from_device: int = 0
 
 
 class Stats(Message, frozen=True):

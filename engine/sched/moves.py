@@ -61,6 +61,9 @@ class Moves:
         self._saved = 0.0  # seconds
         self._said = False  # that a tier fails
         self._needs: dict[int, str] = {}  # that are waited for, and the rids of those who have them
+        first, *others = self.tiers
+        for each in others:
+            each.ceiling = first.ceiling  # what one copy was asked for came before, for all
 
     @property
     def tiers(self) -> Iterator[Tiers]:
@@ -177,10 +180,13 @@ class Moves:
         """The figures of all copies."""
         tiers = list(self.tiers)
         counts = [each.counts for each in tiers]
-        asked = sum(each.ceiling.asked for each in tiers)
+        ceiling = tiers[0].ceiling  # that of all
         total = {
             name: sum(getattr(each, name) for each in counts)
-            for name in ("down", "kept", "fetched", "from_host", "from_store", "refused", "failed", "computed")
+            for name in (
+                *("down", "kept", "fetched", "from_device", "from_host", "from_store", "refused", "failed"),
+                "computed",
+            )
         }
         return TierStats(
             host_pages=sum(each.options.host for each in tiers),
@@ -188,8 +194,8 @@ class Moves:
             store_pages=max(each.store_pages for each in counts),
             store_bytes=max(each.store_bytes for each in counts),
             seconds_up=sum(each.seconds.get("up", 0.0) + each.seconds.get("fetch", 0.0) for each in counts),
-            asked_total=asked,
-            ceiling=sum(each.ceiling.ratio * each.ceiling.asked for each in tiers) / max(asked, 1),
+            asked_total=ceiling.asked,
+            ceiling=ceiling.ratio,
             seconds_saved=self._saved,
             stores=reduce(summed, (each.stores for each in counts)),
             uncleared=any(each.clearing.wanted for each in tiers),

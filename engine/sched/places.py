@@ -47,7 +47,7 @@ class Places:
             held = self.tree.pages(request.key(0, whole * self._page_size), request.salt)
             names = admit.names or self.tiers.device.named(held)
             request.names = PageNames(request.salt, self._page_size, request.key, names)
-            self.tiers.ceiling.ask(request.names.upto(whole), known=len(held))
+            request.names.upto(whole)  # now, and not while a step is planned
 
     # ── before it runs ───────────────────────────────────────────────────────────────────────
 
@@ -62,11 +62,19 @@ class Places:
         request.pages += self.pages.take(pages_for(len(request.ids), self._page_size) - request.shared)
         if request.named is not None:
             self.pages.name(request.named, request.pages, request.shared)
+        self._count(request)
         if self._told(request):
             assert self.tiers is not None and request.names is not None and request.node is not None
             self.tiers.hit(request.node, request.names.upto(request.shared), request.pages[: request.shared])
             request.told = request.shared
         return True
+
+    def _count(self, request: Request) -> None:
+        """Of a prompt that runs for the first time: what it asks for, and what it found."""
+        if self.tiers is not None and request.names is not None and request.cached < 0:
+            whole = request.prompt_len // self._page_size
+            self.tiers.ceiling.ask(request.names.upto(whole)[:whole], known=request.shared)
+            self.tiers.counts.from_device += max(0, request.shared - request.risen)
 
     def _match(self, request: Request, running: int) -> bool:
         """Lock what the tree holds of a waiting request, unless it does not fit."""
@@ -119,6 +127,7 @@ class Places:
         key = key[held * stride : (held + count) * stride]
         request.rise = self.tiers.rise(request.node, key, names, held, pages[:count])
         request.rises += 1
+        request.risen += count
         request.leave()  # the lock is the move's now
         return True
 

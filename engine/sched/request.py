@@ -77,7 +77,8 @@ class Request:
     first: bool = True  # its first token is still to come
     rise: int = 0  # the move that makes room for its pages or brings them up, while it waits
     rooms: int = 0  # moves that made room for it, since it ran last
-    rises: int = 0  # such moves so far
+    rises: int = 0  # moves that brought some up so far
+    risen: int = 0  # pages of these
     waited: int = NEVER  # the first step in which it waited for a prefix that a copy of attention computes
     scored: int = NEVER  # prompt positions whose log-probabilities have come; NEVER when no more are wanted
     scores: list[Logprobs] = field(default_factory=list)  # those that have come and were not passed on

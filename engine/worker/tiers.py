@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 from engine.config import Config
-from engine.errors import ConfigError
+from engine.errors import ConfigError, counted
 from engine.options.sizes import show_size
 from engine.plugin.registry import Plugins, resolve
 from engine.runtime.tiers import tier_sizes
@@ -31,7 +31,7 @@ def begin_transfers(config: Config, plugins: Plugins, runner: Runner, here: int,
     pages = sizes.host // here // spec.page_bytes
     if not pages:
         raise ConfigError(
-            f"--kv-host {show_size(sizes.host)}, divided by {here} ranks, is less than one page of "
+            f"--kv-host {show_size(sizes.host)}, divided by {counted(here, 'rank')}, is less than one page of "
             f"{show_size(spec.page_bytes)}; raise it"
         )
     stores = bool(sizes.store)

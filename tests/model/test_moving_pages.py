@@ -24,20 +24,32 @@ def prompts() -> list[list[int]]:
     return [*texts, [*texts[-1][:220], *draw.integers(1000, 40_000, 45).tolist()]]
 
 
-def test_whatever_moves_replies_are_the_same() -> None:
-    """And half of the pages that the store is given it forgets."""
-    with Engine(**OPTIONS) as engine:
+def test_whatever_moves_replies_are_the_same(tmp_path: Path) -> None:
+    """Below a store that forgets half of the pages that it is given, and below a disk that an engine before has
+    filled."""
+    disk: dict[str, Any] = {"kv_host": "68MiB", "kv_disk": f"{tmp_path}:1GiB"}
+    with Engine(**OPTIONS, **disk) as engine:
         wanted = [reply.ids for reply in engine.generate(prompts(), [GREEDY] * 6)]
+        while (tiers := engine.stats().tiers) is None or tiers.kept < 5 * 16 + 3:
+            engine.generate([5], GREEDY)  # whose end brings the figures up to date
+        assert tiers.from_host == tiers.from_store == 0  # so that is what they are without tiers
     with Engine(**OPTIONS, kv_host="68MiB", kv_disk="odd:1GiB", plugins=(ODD_STORE,)) as engine:
         for _ in range(2):
             replies: list[Reply] = engine.generate(prompts(), [GREEDY] * 6)
             assert [reply.ids for reply in replies] == wanted
         assert sum(reply.cached_tokens for reply in replies) > 3 * 240
-        engine.generate([5], GREEDY)  # whose end brings the figures up to date
+        engine.generate([5], GREEDY)
         tiers = engine.stats().tiers
     assert tiers is not None and tiers.down >= 75 and tiers.kept > 10
     assert tiers.from_host > 30 and tiers.failed > 10
     assert tiers.stores == {"pages_written": tiers.kept}
+    with Engine(**OPTIONS, **disk) as engine:
+        replies = [engine.generate(prompt, GREEDY) for prompt in prompts()]
+        assert [reply.ids for reply in replies] == wanted
+        assert [reply.cached_tokens for reply in replies] == [256] * 5 + [208]  # three pages are too few
+        engine.generate([5], GREEDY)
+        tiers = engine.stats().tiers
+    assert tiers is not None and tiers.from_store == 5 * 16 and tiers.failed == 0
 
 
 def save_windows(folder: Path) -> None:

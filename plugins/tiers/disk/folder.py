@@ -135,24 +135,28 @@ class Folder:
 
     def unfinished(self, full: Callable[[str], bool]) -> tuple[Segment, list[Entry], int] | None:
         """A segment that has room and no writer, what is in it, and its open file, whose lock is ours. Those that are
-        known to be `full` are not opened."""
+        known to be `full` are not opened, and one that the disk fails to give is left alone: there may be others, and
+        who begins one is told whether the disk fails as a whole."""
         for found in sorted(self.listed(), key=lambda found: -found.used):
-            if full(found.name):
-                continue
-            try:
-                descriptor = self._files.open(os.path.join(self._path, found.name), os.O_RDWR)
-            except FileNotFoundError:  # evicted by somebody else
-                continue
-            taken = False
-            try:
-                if self._files.lock(descriptor, wait=False) and self._files.is_there(descriptor):
-                    read = self._read(found.name, descriptor)
-                    if read is not None and next_number(read[1]) < read[0].layout.pages:
-                        taken = True
-                        return *read, descriptor
-            finally:
-                if not taken:
-                    self._files.close(descriptor)
+            if not full(found.name):
+                with suppress(OSError):
+                    if (taken := self._take(found.name)) is not None:
+                        return taken
+        return None
+
+    def _take(self, name: str) -> tuple[Segment, list[Entry], int] | None:
+        """As `unfinished`, of one segment."""
+        descriptor = self._files.open(os.path.join(self._path, name), os.O_RDWR)
+        taken = False
+        try:
+            if self._files.lock(descriptor, wait=False) and self._files.is_there(descriptor):
+                read = self._read(name, descriptor)
+                if read is not None and next_number(read[1]) < read[0].layout.pages:
+                    taken = True
+                    return *read, descriptor
+        finally:
+            if not taken:
+                self._files.close(descriptor)
         return None
 
     def begin(self) -> tuple[Segment, int] | None:
@@ -177,18 +181,24 @@ class Folder:
     # ── room ─────────────────────────────────────────────────────────────────────────────────
 
     def _make_room(self) -> bool:
-        """Evict until a segment fits, of whatever manifest, the least recently used first."""
+        """Evict until a segment fits, of whatever manifest, the least recently used first. One that cannot be removed
+        stays; where there is no room then, its OSError is raised."""
         there: list[tuple[int, int, str]] = []
         for name in self._files.folders(self.root):
             if _is_digest(name):
                 folder = os.path.join(self.root, name)
                 there += [(found.used, found.size, os.path.join(folder, found.name)) for found in self._in(folder)]
         excess = sum(size for _, size, _ in there) + self._layout.size - self._capacity
+        refusal: OSError | None = None
         for _, size, path in sorted(there):
             if excess <= 0:
                 break
-            if self._evict(path):
-                excess -= size
+            try:
+                excess -= size if self._evict(path) else 0
+            except OSError as error:
+                refusal = refusal or error
+        if excess > 0 and refusal is not None:
+            raise refusal
         return excess <= 0
 
     def _evict(self, path: str) -> bool:

@@ -316,6 +316,7 @@ class DiskStore:
         self._looking.run([self._guarded("read", self._refresh)], self._patience)
 
     def _refresh(self, ticket: Ticket) -> bool:
+        """Read the tables that have changed. One that cannot be read raises OSError once all others are."""
         listed = self._folder.listed()
         with self._lock:
             gone = self._index.segments.keys() - {found.name for found in listed}
@@ -323,13 +324,21 @@ class DiskStore:
             self._removed(name)
         with self._lock:
             known = {name: segment.seen for name, segment in self._index.segments.items()}
+        refusal: OSError | None = None
         for found in listed:
             if known.get(found.name) == found.used:
                 continue
-            if (read := self._folder.read(found.name)) is not None:
+            try:
+                read = self._folder.read(found.name)
+            except OSError as error:
+                refusal = refusal or error
+                continue
+            if read is not None:
                 self._adopted(*read).seen = found.used
             else:
                 self._removed(found.name)  # emptied
+        if refusal is not None:
+            raise refusal
         return True
 
     def _removed(self, name: str) -> None:

@@ -336,11 +336,11 @@ async def test_metrics_of_tiers() -> None:
         assert front.info is not None
         page = front.info.page_size * front.info.kv_bytes_per_token
         tiers = TierStats(
-            host_pages=100, host_used=60, store_pages=7, store_bytes=900, down=50, kept=7, fetched=3, from_host=20,
-            from_store=2, refused=4, failed=1, asked_total=80, ceiling=0.5, seconds_saved=1.5,
+            host_pages=100, host_used=60, store_pages=7, store_bytes=900, down=50, kept=7, fetched=3, from_device=8,
+            from_host=20, from_store=2, refused=4, failed=1, asked_total=80, ceiling=0.5, seconds_saved=1.5,
             stores={"pages_written": 7, "corrupt": 1}, uncleared=True, computed=9,
         )  # fmt: skip
-        front.stats = Stats("ready", cached_tokens_total=30 * front.info.page_size, tiers=tiers)
+        front.stats = Stats("ready", tiers=tiers)
         size = front.info.page_size
         expected: dict[str, list[tuple[dict[str, str], float]]] = {
             "engine_tier_bytes": [({"tier": "host"}, 60 * page), ({"tier": "store"}, 900)],

@@ -188,7 +188,8 @@ async def test_what_is_held_is_shown_and_cleared() -> None:
         assert device == held.Tier("device", pages, 0, pages * page_bytes, info.pages * page_bytes)
         assert (cache.sessions, cache.session_pages, sessions[0].id) == (1, pages, "mine")
         assert await held.flush(options, None) == held.Flushed(pages, 0)
-        assert (await held.fetch(options, None))[1][0].pages == 0
+        cache, sessions = await held.fetch(options, None)
+        assert cache.tiers[0].pages == cache.session_pages == sessions[0].pages == 0  # at once, not a heartbeat later
         assert (await held.fetch(HeldOptions(url=options.url, cache_salt="x"), None))[1] == []
         async with session.get("/metrics") as response:
             page = await response.text()

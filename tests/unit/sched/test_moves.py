@@ -415,6 +415,22 @@ def test_a_restarted_engine_finds_in_the_store_what_it_had():
     bench.drain()
 
 
+@pytest.mark.parametrize("host", [4, 8, 19])
+def test_of_a_prompt_that_the_host_has_no_room_for_as_much_is_fetched_as_it_keeps(host):
+    """The last pages would push out the first, and all would be computed that had been waited for."""
+    text = [index * index % 7 % 4 for index in range(81)]
+    before, bench = (TierBench(size, pages=24, max_step_tokens=30) for size in (40, host))
+    run(before, "a", text)
+    bench.below.store.update(before.below.store)
+    assert len(bench.below.store) == 20
+    kept = host * 3 // 4
+    assert run(bench, "b", text) == (4 * kept, 81 - 4 * kept)
+    stats = bench.moves.stats()
+    assert stats.fetched == stats.from_store == kept
+    assert abs(stats.ceiling - kept / 20) < 0.01, "what an earlier life has left was asked for before"
+    bench.drain()
+
+
 def test_what_a_store_holds_is_asked_for_at_the_start_of_each_life():
     bench = TierBench(40, pages=11)
     for _ in range(2):
@@ -479,6 +495,26 @@ def test_others_run_while_pages_come_up_and_who_shares_them_waits_for_the_same_m
     bench.drain()
     assert bench.cached["b"] == bench.cached["c"] == 32
     assert bench.scheduler.tiers.counts.from_host == 8
+
+
+def test_a_hit_is_counted_where_it_was_and_no_count_falls():
+    """Who leaves before its pages have come, and who shares them, take nothing from what the device had."""
+    bench = TierBench(60, pages=12, stores=False)
+    counts = bench.scheduler.tiers.counts
+    run(bench, "a", LONG)
+    assert run(bench, "b", LONG) == (32, 1)
+    assert (counts.from_device, counts.from_host) == (8, 0)
+    run(bench, "c", OTHER)
+    bench.admit(request("d", LONG, max_new=1))
+    bench.plan()
+    bench.end("d")
+    bench.ends["d"] = "abort"
+    while bench.below.moving:
+        bench.finish()
+    assert (counts.from_device, counts.from_host) == (8, 6)  # two had stayed
+    assert run(bench, "e", OTHER)[0] == 4 * (counts.from_device - 8 + counts.from_host - 6) == 36
+    stats = bench.moves.stats()
+    assert stats.asked_total == 36 and abs(stats.ceiling - 0.5) < 0.01, "one that never ran counts"
 
 
 @pytest.mark.parametrize(("end", "pages"), [("whole", 6), ("stopped", 4), ("retracted", 4)])
@@ -581,6 +617,8 @@ def test_each_copy_of_attention_has_tiers_of_its_own():
             turn()
         scheduler.check_integrity()
     assert sum(cached[f"2.{number}"] for number in range(6)) >= 4 * 32
+    stats = moves.stats()  # each page was asked for three times, in whichever copy
+    assert stats.asked_total == 3 * 56 and abs(stats.ceiling - 2 / 3) < 0.01
     assert moves.stats().from_host > 20
     assert all(each.done["up"] for each in below) and moves.stats().host_pages == 180
 

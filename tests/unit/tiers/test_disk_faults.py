@@ -176,6 +176,49 @@ def test_no_error_of_the_system_is_raised(opened: Open, call: str, number: int) 
     assert put(store, 4) == [True] == got(store, 4)
 
 
+class OneBadFile(FaultyFiles):
+    """A disk on which one file alone fails: its folder lists it, and no `call` on it is done."""
+
+    bad, call = "", ""
+
+    def _fails(self, call: str, path: str) -> None:
+        if self.bad and path.endswith(self.bad) and call == self.call:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def open(self, path: str, flags: int) -> int:
+        self._fails("open", path)
+        return super().open(path, flags)
+
+    def read(self, descriptor: int, into: memoryview, at: int) -> int:
+        self._fails("read", self._paths[descriptor])
+        return super().read(descriptor, into, at)
+
+    def remove(self, path: str) -> None:
+        self._fails("remove", path)
+        super().remove(path)
+
+
+@pytest.mark.parametrize("which", [0, -1], ids=["the first to leave", "the one to be gone on with"])
+@pytest.mark.parametrize("call", ["open", "read", "remove"])
+def test_a_segment_that_fails_takes_no_other_along(opened: Open, tmp_path: Path, call: str, which: int) -> None:
+    """Others are found, written and evicted as ever."""
+    before = opened(FaultyFiles(), tmp_path)
+    put(before, *range(35))
+    before.close()
+    segments = list(before._index.segments.values())  # in the order in which they were begun
+    for age, segment in enumerate(reversed(segments)):
+        os.utime(before._folder.path_of(segment), (0, 1e9 - age))
+    files = OneBadFile()
+    files.bad, files.call = segments[which].name, call
+    store = opened(files, tmp_path)
+    lost = 0 if call == "remove" else len(segments[which].keys)
+    assert store.has([key(number) for number in range(35)]).count(True) == 35 - lost
+    assert all(put(store, *range(1000, 1200)))
+    assert store.counts()["evicted"] > 5 and (store.counts()["errors"] > 0) == bool(lost)
+    assert any(tmp_path.rglob(files.bad)) == (call != "read")  # to evict one nobody reads it
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.kv")) <= ROOM
+
+
 REFUSES = {"remove": errno.EROFS, "resize": errno.EROFS}
 
 

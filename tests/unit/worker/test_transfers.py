@@ -294,11 +294,11 @@ def test_a_model_with_states_or_without_pages_and_a_host_of_no_page_are_refused(
             "keeps states of requests, which no page holds; leave --kv-host and --kv-disk out",
         ),
         (KVSpec(4, ()), {"kv_host": "1GiB"}, "keeps no pages"),
-        (KVSpec(4, (HEADS,)), {"kv_host": "700"}, "--kv-host 700 B, divided by 2 ranks, is less than one page"),
+        (KVSpec(4, (HEADS,)), {"kv_host": "15"}, "--kv-host 15 B, divided by 1 rank, is less than one page"),
     ):
         runner: Any = SimpleNamespace(model=SimpleNamespace(kv_spec=lambda spec=spec: spec))
         with pytest.raises(ConfigError, match=said):
-            begin_transfers(resolve(options), Plugins.load(), runner, 2)
+            begin_transfers(resolve(options), Plugins.load(), runner, 1)
     assert begin_transfers(resolve({}), Plugins.load(), runner, 2) is None
 
 
