@@ -78,6 +78,11 @@ class Fetching:
         self._end(number, piece)
         return piece
 
+    def clear(self) -> None:
+        """Nothing that waits is sent."""
+        for number in list(self.later):
+            self.drop(number)
+
     def _end(self, number: int, piece: Piece) -> None:
         self._spans[piece.span].remove(number)
         if not self._spans[piece.span]:

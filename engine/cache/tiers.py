@@ -405,8 +405,7 @@ class Tiers:
         """Forget all that lies below the device, and what is on its way."""
         self.device.clear()
         self.keeping.clear()
-        for number in list(self.fetching.later):
-            self.fetching.drop(number)
+        self.fetching.clear()
         self._coming.clear()  # nobody waits for what was asked before
         self.needs.clear()
         if self._down.places:

@@ -93,18 +93,23 @@ def test_whatever_is_asked_two_ranks_reply_as_one(folder: Path) -> None:
 
 
 def test_two_ranks_move_their_parts_of_pages_between_tiers_and_reply_as_one(tmp_path: Path) -> None:
-    """The device has room for one of the prompts."""
-    changes = {"num_attention_heads": 4, "vocab_size": 128, "eos_token_id": 127, "max_position_embeddings": 160}
+    """The device has room for one of the prompts. Two ranks that start anew find what those before them left on disk."""
+    changes = {"num_attention_heads": 4, "vocab_size": 128, "eos_token_id": 127, "max_position_embeddings": 320}
     save_checkpoint(tiny_model("Llama", **changes), tmp_path)
-    long = [[*range(start, start + 60)] * 2 for start in (1, 11, 21)]
-    options = {**OPTIONS, "model": str(tmp_path), "kv_tokens": 144, "max_model_len": 140}
+    long = [[*range(start, start + 70)] * 4 for start in (1, 11, 21)]
+    options = {**OPTIONS, "model": str(tmp_path), "kv_tokens": 304, "max_model_len": 300}
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     with Engine(**options) as engine:
         alone = [engine.generate(prompt, params).ids for prompt in long]
-    with Engine(tp=2, kv_host="1MiB", **options) as engine:
+    options |= {"kv_host": "1MiB", "kv_disk": f"{tmp_path / 'kv'}:64MiB"}
+    with Engine(tp=2, **options) as engine:
         for _ in range(2):
             assert [engine.generate(prompt, params).ids for prompt in long] == alone
         again = engine.generate(long[0], params)
-        assert (again.ids, again.cached_tokens) == (alone[0], 116)
+        assert (again.ids, again.cached_tokens) == (alone[0], 276)
         tiers = engine.stats().tiers
-    assert tiers is not None and tiers.from_host >= 3 * 20 and tiers.failed == 0
+    assert tiers is not None and tiers.from_host >= 3 * 60 and tiers.failed == 0
+    with Engine(tp=2, kv_fetch="always", **options) as engine:
+        assert [engine.generate(prompt, params).ids for prompt in long] == alone
+        tiers = engine.stats().tiers
+    assert tiers is not None and tiers.from_store >= 60 and tiers.failed == 0
