@@ -229,6 +229,53 @@ def test_a_wrong_registration_names_plugin_and_field(distribute: Distribute, cal
         assert words in message
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "said"),
+    [
+        ("models", "", "lacks 'architectures', which must be a tuple of texts such as ('a', 'b')"),
+        ("models", "architectures='A'", "architectures is 'A', and must be a tuple of texts such as ('a', 'b')"),
+        ("models", "architectures=()", "architectures is (), and must be a tuple of texts"),
+        ("attention", "devices=('gpu',)", "devices is ('gpu',), and must be a tuple of 'cpu' or 'cuda'"),
+        ("attention", "devices=('cpu',), preference=1.5", "preference is 1.5, and must be a whole number"),
+        (
+            "grammars",
+            "kinds=('choices',), package='p'",
+            "kinds is ('choices',), and must be a tuple of 'json_object' or",
+        ),
+        ("tiers", "", "lacks 'kind', which must be 'pool' or 'store'"),
+        ("parsers", "kind='tols'", "kind is 'tols', and must be 'tool' or 'reasoning'"),
+    ],
+)
+def test_a_field_that_would_never_be_chosen_is_refused(
+    distribute: Distribute, kind: str, fields: str, said: str
+) -> None:
+    source = f"""
+    from engine.plugin import hookimpl
+
+    @hookimpl
+    def register_{kind}(register):
+        register("x", "m:X", {fields})
+    """
+    distribute("odd", {"odd": "odd_manifest"}, odd_manifest=source)
+    assert f"plugin 'odd' of odd 1.2: register('x'){'' if said.startswith('lacks') else ':'} {said}" in refused("odd")
+
+
+def test_a_distribution_named_for_its_plugin_is_told_the_name(distribute: Distribute) -> None:
+    distribute("odd-llama", {"odd": "odd_manifest"}, odd_manifest="")
+    assert refused("odd-llama") == "unknown plugin 'odd-llama'; the distribution odd-llama has 'odd', so name that"
+    assert "did you mean 'odd'" in refused("ood")
+
+
+def test_where_nothing_serves_the_plugins_that_could_be_named_are_told(distribute: Distribute) -> None:
+    with pytest.raises(PluginError, match=r"BertModel.*; name a plugin that does in --plugins$"):
+        model_for(Plugins.load(), ["FooForCausalLM"])
+    distribute("odd-llama", {"odd": "odd_manifest"}, odd_manifest="")
+    with pytest.raises(PluginError, match=r"in --plugins; installed and not named: odd$"):
+        model_for(Plugins.load(), ["FooForCausalLM"])
+    with pytest.raises(PluginError, match=r"'awq'.*in --plugins; installed and not named: odd$"):
+        quantization_for(Plugins.load(), "awq")
+
+
 def test_an_entry_point_must_be_a_module(distribute: Distribute) -> None:
     distribute("odd", {"odd": "odd_manifest:manifest"}, odd_manifest="manifest = {}")
     assert "must name a module" in refused("odd")
