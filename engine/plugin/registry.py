@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from engine.errors import PluginError, did_you_mean
 from engine.plugin import hookspecs
+from engine.plugin.contracts import CONTRACTS, check_contract
 from engine.plugin.entries import entry_of
 from engine.plugin.hookspecs import KINDS, Entry
 from engine.plugin.manifests import OURS, Manifest, discover, file_manifest, is_path, only
@@ -32,6 +33,9 @@ class PluginRow(Struct, frozen=True):
     hooks: tuple[str, ...]
     state: str
     description: str = ""
+
+
+MADE = ("policies", "tiers")  # kinds whose entries are checked once they have made something
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,23 @@ class Plugins:
     def entries(self, kind: str) -> Mapping[str, Any]:
         """What is registered of `kind`, by name: entries as its hook in hookspecs.py says."""
         return self.registries[kind]
+
+    def code(self, kind: str, name: str) -> Any:
+        """What the entry `name` of `kind` names, imported. Raises PluginError, which names the plugin, for what cannot
+        be imported, and for a class that is not as one of its kind must be."""
+        try:
+            found = resolve(self.entries(kind)[name].target)
+        except PluginError as error:
+            raise PluginError(f"{name!r} of {self.sources[kind, name]}: {error}") from error.__cause__
+        if kind not in MADE:
+            self.check(kind, name, found)
+        return found
+
+    def check(self, kind: str, name: str, found: Any) -> None:
+        """Raises PluginError if `found`, which that entry names or made, is not as one of its kind must be."""
+        entry = self.entries(kind)[name]
+        contract = resolve(CONTRACTS[getattr(entry, "kind", kind)])
+        check_contract(found, contract, f"{name!r} of {self.sources[kind, name]}: {entry.target}")
 
     def available(self) -> list[str]:
         """The entry points of other distributions that --plugins might name, and does not."""
