@@ -25,7 +25,7 @@ IMAGE = {"type": "image", "text": ""}
 
 # path, body, param, what the message must say
 REFUSED = [
-    (CHAT, {}, None, "missing required field `messages`"),
+    (CHAT, {}, None, "missing required field `messages`; send it"),
     (CHAT, [], None, "expected `object`, got `array`"),
     (CHAT, {"messages": []}, "messages", "empty"),
     (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content", "needs a text"),
@@ -40,7 +40,7 @@ REFUSED = [
     (CHAT, {"messages": HI, "temprature": 1}, "temprature", "did you mean temperature?"),
     (CHAT, {"messages": HI, "zzz": 1}, "zzz", "the fields here are"),
     (CHAT, {"messages": HI, "temperature": 2.5}, "temperature", "2.5; it must be a number from 0 to 2"),
-    (CHAT, {"messages": HI, "temperature": "hot"}, "temperature", "expected `float | null`, got `str`"),
+    (CHAT, {"messages": HI, "temperature": "hot"}, "temperature", 'expected `float | null`, got `str` "hot"'),
     (CHAT, {"messages": HI, "max_tokens": 0}, "max_tokens", "0; it must be a whole number from 1"),
     (CHAT, {"messages": HI, "max_completion_tokens": 0}, "max_completion_tokens", "max_completion_tokens is 0"),
     (CHAT, {"messages": HI, "max_completion_tokens": 2, "max_tokens": 3}, "max_completion_tokens", "send one"),
@@ -55,7 +55,7 @@ REFUSED = [
     (CHAT, {"messages": HI, "n": 0}, "n", "from 1 to 128"),
     (CHAT, {"messages": HI, "n": 129}, "n", "from 1 to 128"),
     (CHAT, {"messages": HI, "n": True}, "n", "got `bool`"),
-    (CHAT, {"messages": HI, "logprobs": 3}, "logprobs", "expected `bool | null`, got `int`"),
+    (CHAT, {"messages": HI, "logprobs": 3}, "logprobs", "expected `bool | null`, got `int` 3; correct"),
     (CHAT, {"messages": HI, "top_logprobs": 3}, "top_logprobs", "needs logprobs: true"),
     (CHAT, {"messages": HI, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "top_logprobs is 21; it must be"),
     (CHAT, {"messages": HI, "response_format": {"type": "yaml"}}, "response_format.type", "'yaml'"),
