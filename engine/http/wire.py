@@ -4,6 +4,7 @@ A body is one msgspec struct. A field that the struct lacks is refused by name; 
 the engine does not act on has a rule in the struct's `rules` (fields.py): it is a hint, or it is refused.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
@@ -170,8 +171,10 @@ def _invalid(kind: type[Body], said: str, data: bytes = b"") -> RequestError:
             remedy = f"send one of {', '.join(choices)}"
         elif reason.startswith("Object missing"):
             remedy = "send it"
-        elif len(data) <= MOST_TOLD and isinstance(given := _value_at(data, path), str | int | float):
-            reason += f"{'' if ', got ' in reason else ', got'} {shortened(ENCODER.encode(given).decode())}"
+        elif reason.startswith("Expected ") and len(data) <= MOST_TOLD:
+            given = _value_at(data, path)
+            if isinstance(given, str | int | float):
+                reason += f"{'' if ', got ' in reason else ', got'} {shortened(json.dumps(given, ensure_ascii=False))}"
         message = f"{path or 'the request body'}: {reason[:1].lower()}{shortened(reason[1:], 300)}; {remedy}"
         return RequestError(message, param=path or None)
     name = shortened(unknown.removesuffix("`"))
@@ -191,9 +194,10 @@ def _medium_of(reason: str, path: str) -> str | None:
 
 def _value_at(data: bytes, path: str) -> Any:
     """What a msgspec error path (messages[0].content) leads to in `data`; None where that cannot be told."""
-    if not data:
+    try:
+        value = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # nothing has read what stands behind the error
         return None
-    value = msgspec.json.decode(data)
     for name, index in re.findall(r"([A-Za-z_]\w*)|\[(\d+)\]", path):
         try:
             value = value[name or int(index)]

@@ -48,7 +48,7 @@ def test_where_no_server_answers_it_says_so(capsys: pytest.CaptureFixture[str]) 
     for action in ([], ["clear"]):
         assert cli.main(["cache", *action, "--url", "http://127.0.0.1:1"]) == 2
         said = capsys.readouterr().err
-        assert "no server answers at http://127.0.0.1:1 ([Errno 111] Connect call failed" in said
+        assert "no server answers at http://127.0.0.1:1 ([Errno " in said
         assert "ssl" not in said
     assert cli.main(["cache", "drop"]) == 2
     assert "invalid choice: 'drop'" in capsys.readouterr().err

@@ -234,6 +234,30 @@ async def test_what_is_not_json(body: bytes, says: str) -> None:
     assert re.search(says, answer["error"]["message"])
 
 
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b'{"prompt": "a", "echo": "yes", broken', "echo: expected `bool | null`, got `str`; correct"),
+        (b'{"prompt": "a", "echo": "yes", "x": "\\ud8"}', "echo: expected `bool | null`, got `str`; correct"),
+        (b'{"prompt": "a", "echo": ' + b"9" * 30 + b"}", "echo: expected `bool | null`, got"),
+        (
+            b'{"prompt": "a", "echo": "' + b"y" * 99 + b'"}',
+            'echo: expected `bool | null`, got `str` "' + 76 * "y" + "...;",
+        ),
+        (b'{"prompt": "a", "echo": "' + b"y" * 70_000 + b'"}', "echo: expected `bool | null`, got `str`; correct"),
+    ],
+)
+async def test_a_wrong_value_is_told_where_it_is_short_and_can_be_read(body: bytes, says: str) -> None:
+    async with (
+        serving(FakeFront()) as url,
+        aiohttp.ClientSession() as session,
+        session.post(url + TEXT, data=body) as response,
+    ):
+        answer = await response.json()
+    assert response.status == 400
+    assert says in answer["error"]["message"]
+
+
 async def test_a_body_that_is_too_long() -> None:
     async with (
         serving(FakeFront()) as url,
