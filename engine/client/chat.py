@@ -144,7 +144,7 @@ class Conversation:
             "/system": ("TEXT", "set the system prompt; `off` removes it, without TEXT it is shown", self._system),
             "/image": ("FILE", "show an image or a video with the next message, a file or a URL", self._image),
             "/set": ("NAME VALUE", "set a sampling parameter; `default` resets it, alone it lists them", self._set),
-            "/stats": ("", "tokens and speed of the replies so far", self._stats),
+            "/stats": ("", "tokens, time to the first token and speed of the last reply", self._stats),
             "/save": ("FILE", "write the conversation to FILE, as JSON", self._save),
             "/load": ("FILE", "take up the conversation in FILE", self._load),
             "/exit": ("", "leave (or Ctrl-D); Ctrl-C stops a reply", self._exit),

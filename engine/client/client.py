@@ -89,7 +89,9 @@ class Client:
         except TimeoutError:
             raise WorkerError(f"{self.url}{path} took longer than {self._timeout.total:.0f} s") from None
         except aiohttp.ClientError as error:
-            raise WorkerError(f"{self.url}{path} did not answer: {error or type(error).__name__}") from None
+            raise WorkerError(
+                f"{self.url}{path} did not answer: {cause_of(error)}; is a server running there?"
+            ) from None
 
     async def get(self, path: str, query: Mapping[str, str] | None = None) -> bytes:
         """What the server answers at `path`. Raises RequestError for an error answer, ConfigError for none."""
@@ -108,9 +110,7 @@ class Client:
                     raise RequestError(f"{url} answered {response.status}: {refusal(body)}", status=response.status)
                 return body
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise ConfigError(
-                f"no server answers at {self.url} ({error or type(error).__name__}); is it running?"
-            ) from None
+            raise ConfigError(f"no server answers at {self.url} ({cause_of(error)}); is it running?") from None
 
     async def _first_model(self) -> str:
         return str((await self._models())[0]["id"])
@@ -138,3 +138,10 @@ def settings_of(params: SamplingParams) -> dict[str, Any]:
 
 
 DEFAULTS = settings_of(SamplingParams())
+
+
+def cause_of(error: Exception) -> str:
+    """Why nothing came back, in the system's words where it refused to connect: aiohttp's speak of TLS for any URL."""
+    return (
+        str(error.os_error) if isinstance(error, aiohttp.ClientConnectorError) else str(error) or type(error).__name__
+    )

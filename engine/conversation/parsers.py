@@ -24,7 +24,7 @@ from engine.plugin.parsing import (
     ReasoningParser,
     ToolParser,
 )
-from engine.plugin.registry import Plugins, resolve
+from engine.plugin.registry import Plugins
 
 DEFAULT_TOOL_PARSER = "hermes"  # of a model of no known family, which is then told how to write calls
 
@@ -64,7 +64,7 @@ def choose_parsers(
         entry, reason = choose_parser(plugins, kind, name, architectures, chat_template)
         if chat_template is not None:
             log.info("%s parser: %s (%s)", kind, "none" if entry is None else entry.name, reason)
-        chosen[kind] = None if entry is None else resolve(entry.target)
+        chosen[kind] = None if entry is None else plugins.code("parsers", entry.name)
     return Parsers(**chosen)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from engine.conversation.media import Encode, MediaProcessor
 from engine.plugin.hookspecs import MediaEntry
-from engine.plugin.registry import Plugins, resolve
+from engine.plugin.registry import Plugins
 from engine.plugin.specs import Checkpoint
 from engine.plugin.terms import Terms
 
@@ -17,6 +17,8 @@ def choose_processor(plugins: Plugins, checkpoint: Checkpoint, encode: Encode | 
         assert isinstance(entry, MediaEntry)
         if not architectures.isdisjoint(entry.architectures):
             described: dict[str, Any] = getattr(checkpoint, "processor", dict)()
-            made: MediaProcessor = resolve(entry.target)(config, Terms(described, "the model's processor"), encode)
+            made: MediaProcessor = plugins.code("media", entry.name)(
+                config, Terms(described, "the model's processor"), encode
+            )
             return made
     return None

@@ -4,6 +4,7 @@ A body is one msgspec struct. A field that the struct lacks is refused by name; 
 the engine does not act on has a rule in the struct's `rules` (fields.py): it is a hint, or it is refused.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
@@ -20,6 +21,7 @@ from engine.http.fields import Rule, in_general
 from engine.params.sampling import INT32_MAX
 
 MAX_BODY_BYTES = 32 * 2**20
+MOST_TOLD = 65_536  # bytes of a body that is read once more to tell a wrong value
 UNKNOWN_FIELD = "Object contains unknown field `"  # as msgspec says it
 # What OpenAI's, vLLM's and Anthropic's clients call parts that are no text.
 MEDIA = frozenset(
@@ -158,14 +160,21 @@ def _invalid(kind: type[Body], said: str, data: bytes = b"") -> RequestError:
     if unknown == reason:
         remedy = "correct its type or value"
         if (most := re.fullmatch(r"Expected `array` of length <= (\d+)", reason)) is not None:
-            length = _length_at(data, path)
-            message = f"{path} has {length or 'more'} items, and at most {most[1]} are taken; send fewer"
+            given = _value_at(data, path)
+            count = len(given) if isinstance(given, list) else "more"
+            message = f"{path} has {count} items, and at most {most[1]} are taken; send fewer"
             return RequestError(message, param=path, code="too_many_parts")
         if (medium := _medium_of(reason, path)) is not None:
             message = f"{path} is {medium!r}, and the model reads text alone; send text, or ask a model that reads it"
             return RequestError(message, param=path, code="unsupported_parameter")
         if reason.startswith("Invalid ") and (choices := _choices_at(kind, path)):
             remedy = f"send one of {', '.join(choices)}"
+        elif reason.startswith("Object missing"):
+            remedy = "send it"
+        elif reason.startswith("Expected ") and len(data) <= MOST_TOLD:
+            given = _value_at(data, path)
+            if isinstance(given, str | int | float):
+                reason += f"{'' if ', got ' in reason else ', got'} {shortened(json.dumps(given, ensure_ascii=False))}"
         message = f"{path or 'the request body'}: {reason[:1].lower()}{shortened(reason[1:], 300)}; {remedy}"
         return RequestError(message, param=path or None)
     name = shortened(unknown.removesuffix("`"))
@@ -183,16 +192,18 @@ def _medium_of(reason: str, path: str) -> str | None:
     return found[1] if found is not None and found[1] in MEDIA else None
 
 
-def _length_at(data: bytes, path: str) -> int:
-    """How many items the list has that a msgspec error path (messages[0].content) leads to in `data`; 0 where that
-    cannot be told."""
-    value = msgspec.json.decode(data)
+def _value_at(data: bytes, path: str) -> Any:
+    """What a msgspec error path (messages[0].content) leads to in `data`; None where that cannot be told."""
+    try:
+        value = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # nothing has read what stands behind the error
+        return None
     for name, index in re.findall(r"([A-Za-z_]\w*)|\[(\d+)\]", path):
         try:
             value = value[name or int(index)]
         except (LookupError, TypeError):
-            return 0
-    return len(value) if isinstance(value, list) else 0
+            return None
+    return value
 
 
 def _struct_at(kind: type[Body], path: str) -> type[Body]:

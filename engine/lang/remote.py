@@ -12,7 +12,7 @@ import anyio.from_thread
 import msgspec
 from anyio.from_thread import BlockingPortal
 
-from engine.client.client import Client, changed
+from engine.client.client import Client, cause_of, changed
 from engine.client.events import refusal
 from engine.errors import RequestError, WorkerError
 from engine.lang.backend import Backend
@@ -82,7 +82,7 @@ class Remote(Client, Backend):
             async with self._http.post(self.url + path, data=msgspec.json.encode(body), headers=headers) as response:
                 answer = await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise WorkerError(f"{self.url}{path} did not answer: {error or type(error).__name__}") from None
+            raise WorkerError(f"{self.url}{path} did not answer: {cause_of(error)}") from None
         if response.status != 200:
             raise RequestError(refusal(answer), status=response.status)
         return answer

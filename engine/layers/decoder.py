@@ -316,8 +316,9 @@ class CausalLM(Model):
 
     @classmethod
     def decoder_shape(cls, config: Terms) -> DecoderShape:
-        """`shape_of`, and whether the norms sum over the ranks: they do unless a block has a `forward` of its own."""
-        return replace(cls.shape_of(config), summed=cls.block.forward is not Block.forward)
+        """`shape_of`, and whether the norms sum over the ranks: not those of a `block` of its own, which may have norms
+        and a `forward` that do not know of ranks."""
+        return replace(cls.shape_of(config), summed=cls.block is not Block)
 
     def attention(self, config: Terms, shape: DecoderShape, build: Build) -> dict[int, nn.Module]:
         """The attention of each layer that is `held`, by the layer's number. Sets `backends` and `rotaries`.

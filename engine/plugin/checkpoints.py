@@ -5,7 +5,7 @@ from pathlib import Path
 from engine.errors import ConfigError, PluginError, did_you_mean
 from engine.plugin.hookspecs import CheckpointEntry
 from engine.plugin.hub import download, is_hub_id
-from engine.plugin.registry import Plugins, resolve
+from engine.plugin.registry import Plugins
 from engine.plugin.specs import Checkpoint
 
 
@@ -15,7 +15,7 @@ def open_checkpoint(plugins: Plugins, model: str) -> Checkpoint:
     Raises ConfigError that says what `--model` takes when it is none of these."""
     for entry in _formats(plugins):
         if model in entry.models:
-            return _opened(entry, model)
+            return _opened(plugins, entry, model)
     found = _open_path(plugins, str(Path(model).expanduser()))
     if found is not None:
         return found
@@ -44,7 +44,7 @@ def _formats(plugins: Plugins) -> list[CheckpointEntry]:
 def _open_path(plugins: Plugins, path: str) -> Checkpoint | None:
     for entry in _formats(plugins):
         try:
-            opened: Checkpoint | None = resolve(entry.target).open(path)
+            opened: Checkpoint | None = plugins.code("checkpoints", entry.name).open(path)
         except OSError as error:
             raise ConfigError(f"--model {path} cannot be read: {error}") from error
         if opened is not None:
@@ -52,8 +52,8 @@ def _open_path(plugins: Plugins, path: str) -> Checkpoint | None:
     return None
 
 
-def _opened(entry: CheckpointEntry, model: str) -> Checkpoint:
-    opened: Checkpoint | None = resolve(entry.target).open(model)
+def _opened(plugins: Plugins, entry: CheckpointEntry, model: str) -> Checkpoint:
+    opened: Checkpoint | None = plugins.code("checkpoints", entry.name).open(model)
     if opened is None:
         raise PluginError(f"the checkpoint plugin {entry.name!r} lists {model!r}, but does not open it")
     return opened

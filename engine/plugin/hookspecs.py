@@ -22,6 +22,8 @@ from typing import Annotated, Literal, get_args, get_type_hints
 import pluggy
 from msgspec import Struct
 
+from engine.params.grammar import GrammarKind
+
 API_VERSION = (
     1  # of this file and of engine.plugin: what manifests say as `API`; a change that breaks plugins raises it
 )
@@ -55,7 +57,7 @@ def register_models(register: Annotated[Register, ModelEntry]) -> None:
 class AttentionEntry(Entry, frozen=True, kw_only=True):
     """An attention backend. Of those that run on a device, the highest `preference` is chosen."""
 
-    devices: tuple[str, ...]
+    devices: tuple[Literal["cpu", "cuda"], ...]
     preference: int = 0
 
 
@@ -137,9 +139,9 @@ def register_parsers(register: Annotated[Register, ParserEntry]) -> None:
 
 class GrammarEntry(Entry, frozen=True, kw_only=True):
     """A grammar engine. Those that are installed are asked in order of `preference`, the highest first; the first that
-    takes a grammar has it. `kinds` are those of messages.GrammarKind, `package` is what `pip install` must have got."""
+    takes a grammar has it. `kinds` are those of Grammar.kind, `package` is what `pip install` must have got."""
 
-    kinds: tuple[str, ...]
+    kinds: tuple[GrammarKind, ...]
     package: str
     preference: int = 0
 

@@ -7,24 +7,20 @@ reloading.
 """
 
 import importlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType, ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
-import msgspec
 import pluggy
 from msgspec import Struct
 
 from engine.errors import PluginError, did_you_mean
 from engine.plugin import hookspecs
+from engine.plugin.contracts import CONTRACTS, check_contract
+from engine.plugin.entries import entry_of
 from engine.plugin.hookspecs import KINDS, Entry
 from engine.plugin.manifests import OURS, Manifest, discover, file_manifest, is_path, only
-
-TARGET = re.compile(r"[\w.]+:[\w.]+")
-
-AnyEntry = TypeVar("AnyEntry", bound=Entry)
 
 
 class PluginRow(Struct, frozen=True):
@@ -37,6 +33,9 @@ class PluginRow(Struct, frozen=True):
     hooks: tuple[str, ...]
     state: str
     description: str = ""
+
+
+MADE = ("policies", "tiers")  # kinds whose entries are checked once they have made something
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,33 @@ class Plugins:
         known = [*others, *(name for registry in loader.registries.values() for name in registry)]
         for name in named:
             if name not in known and not is_path(name):
-                listed = ", ".join(sorted(set(known)))
-                raise PluginError(f"unknown plugin {name!r}{did_you_mean(name, known)}; known: {listed}")
+                raise PluginError(f"unknown plugin {name!r}{_meant(name, known, others)}")
         return loader.frozen(named, others)
 
     def entries(self, kind: str) -> Mapping[str, Any]:
         """What is registered of `kind`, by name: entries as its hook in hookspecs.py says."""
         return self.registries[kind]
+
+    def code(self, kind: str, name: str) -> Any:
+        """What the entry `name` of `kind` names, imported. Raises PluginError, which names the plugin, for what cannot
+        be imported, and for a class that is not as one of its kind must be."""
+        try:
+            found = resolve(self.entries(kind)[name].target)
+        except PluginError as error:
+            raise PluginError(f"{name!r} of {self.sources[kind, name]}: {error}") from error.__cause__
+        if kind not in MADE:
+            self.check(kind, name, found)
+        return found
+
+    def check(self, kind: str, name: str, found: Any) -> None:
+        """Raises PluginError if `found`, which that entry names or made, is not as one of its kind must be."""
+        entry = self.entries(kind)[name]
+        contract = resolve(CONTRACTS[getattr(entry, "kind", kind)])
+        check_contract(found, contract, f"{name!r} of {self.sources[kind, name]}: {entry.target}")
+
+    def available(self) -> list[str]:
+        """The entry points of other distributions that --plugins might name, and does not."""
+        return [row.name for row in self.rows if row.state == "available"]
 
     def listing(self) -> list[PluginRow]:
         """What `engine plugins` shows."""
@@ -134,7 +153,7 @@ class _Loader:
         """The `register` that one manifest's hook of `kind` is called with."""
 
         def register(name: str, target: str, **fields: Any) -> None:
-            entry = _entry(
+            entry = entry_of(
                 KINDS[kind], {"name": name, "target": target, **fields}, f"{manifest.said}: register({name!r})"
             )
             if name in self.registries[kind]:
@@ -178,16 +197,9 @@ class _Loader:
         ]
 
 
-def _entry(kind: type[AnyEntry], fields: dict[str, Any], said: str) -> AnyEntry:
-    """Build a registry entry from what a manifest passed to `register`, checking every field."""
-    known = kind.__struct_fields__
-    for field in fields:
-        if field not in known:
-            raise PluginError(f"{said} has no field {field!r}{did_you_mean(field, known)}; fields: {', '.join(known)}")
-    try:
-        entry = msgspec.convert(fields, kind)
-    except msgspec.ValidationError as error:
-        raise PluginError(f"{said}: {error}") from error
-    if not TARGET.fullmatch(entry.target):
-        raise PluginError(f"{said}: the target must be 'module:attribute', not {entry.target!r}")
-    return entry
+def _meant(name: str, known: Sequence[str], others: Mapping[str, list[Manifest]]) -> str:
+    """What to write in the place of `name`, which is none of `known`: pip knows a distribution by another name."""
+    points = [point for point, manifests in others.items() for manifest in manifests if manifest.distribution == name]
+    if points:
+        return f"; the distribution {name} has {' and '.join(map(repr, points))}, so name that"
+    return f"{did_you_mean(name, known)}; known: {', '.join(sorted(set(known)))}"

@@ -17,7 +17,7 @@ import aiohttp
 from aiohttp import web
 
 from engine.errors import ConfigError, RequestError, did_you_mean
-from engine.plugin.registry import Plugins, resolve
+from engine.plugin.registry import Plugins
 from engine.router.asked import Asked
 from engine.router.discovery import discover
 from engine.router.dispatch import Dispatcher, tell
@@ -38,10 +38,11 @@ log = logging.getLogger("engine.router")
 
 def policy_named(name: str, plugins: tuple[str, ...]) -> RoutingPolicy:
     """Raises ConfigError for a policy that is not known."""
-    entries = Plugins.load(plugins).entries("routing")
+    loaded = Plugins.load(plugins)
+    entries = loaded.entries("routing")
     if name not in entries:
         raise ConfigError(f"--policy is {name!r}, but takes {', '.join(entries)}{did_you_mean(name, entries)}")
-    made: RoutingPolicy = resolve(entries[name].target)()
+    made: RoutingPolicy = loaded.code("routing", name)()
     return made
 
 

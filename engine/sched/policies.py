@@ -1,7 +1,7 @@
 """Which policy orders the waiting queue."""
 
 from engine.errors import PluginError, did_you_mean
-from engine.plugin.registry import Plugins, resolve
+from engine.plugin.registry import Plugins
 from engine.plugin.specs import Policy
 
 DEFAULT_POLICY = "fcfs"
@@ -22,5 +22,7 @@ def policy_name(plugins: Plugins, name: str = "auto") -> str:
 
 def make_policy(plugins: Plugins, name: str = "auto") -> Policy:
     """The policy that `policy_name` finds, constructed."""
-    policy: Policy = resolve(plugins.entries("policies")[policy_name(plugins, name)].target)()
+    name = policy_name(plugins, name)
+    policy: Policy = plugins.code("policies", name)()
+    plugins.check("policies", name, policy)
     return policy

@@ -8,7 +8,7 @@ from engine.errors import ConfigError
 from engine.layers.attention import Backend
 from engine.layers.build import Scheme
 from engine.layers.latent import LatentShape
-from engine.plugin.registry import Plugins, resolve
+from engine.plugin.registry import Plugins
 from engine.plugin.terms import Terms
 from engine.worker.choices import attention_after, attention_for, quantization_for
 
@@ -27,10 +27,11 @@ class Backends:
         """As the backend's constructor; `shape` says which kind is wanted. Raises the last one's ConfigError."""
         latent = isinstance(shape, LatentShape)
         first, reason = attention_for(self._plugins, self._device, latent)
+        kind = "latent_attention" if latent else "attention"
         entries = [first, *attention_after(self._plugins, first, self._device, latent)]
         for entry in entries:
             try:
-                backend: Backend = resolve(entry.target)(shape, *arguments)
+                backend: Backend = self._plugins.code(kind, entry.name)(shape, *arguments)
             except ConfigError as error:
                 if entry is entries[-1]:
                     raise
@@ -52,5 +53,5 @@ def quantization(plugins: Plugins, terms: Mapping[str, Any]) -> Scheme | None:
         return None
     entry, reason = found
     logger.info("quantization %s (%s)", entry.name, reason)
-    scheme: Scheme = resolve(entry.target)(config)
+    scheme: Scheme = plugins.code("quantization", entry.name)(config)
     return scheme

@@ -21,11 +21,19 @@ def model_for(plugins: Plugins, architectures: Sequence[str]) -> ModelEntry:
     chosen = preferred or fitting
     if not chosen:
         served = ", ".join(name for entry in plugins.entries("models").values() for name in entry.architectures)
-        raise PluginError(f"no model plugin serves {' or '.join(architectures) or 'this checkpoint'}; served: {served}")
+        wanted_by = " or ".join(architectures) or "this checkpoint"
+        raise PluginError(f"no model plugin serves {wanted_by}; served: {served}; {_may_be_named(plugins)}")
     if len(chosen) > 1:
         names = " and ".join(entry.name for entry in chosen)
         raise PluginError(f"{names} all serve {' or '.join(architectures)}; name one of them in --plugins")
     return chosen[0]
+
+
+def _may_be_named(plugins: Plugins) -> str:
+    """The remedy where no plugin that is loaded serves."""
+    available = plugins.available()
+    there = f"; installed and not named: {', '.join(available)}" if available else ""
+    return f"name a plugin that does in --plugins{there}"
 
 
 def attention_for(plugins: Plugins, device: str, latent: bool = False) -> tuple[AttentionEntry, str]:
@@ -86,7 +94,10 @@ def quantization_for(plugins: Plugins, method: str | None) -> tuple[Quantization
         reads = "; ".join(
             f"{entry.name} reads {', '.join(entry.methods)}" for entry in plugins.entries("quantization").values()
         )
-        raise PluginError(f"the checkpoint's quant_method is {method!r}, which no quantization reads; known: {reads}")
+        raise PluginError(
+            f"the checkpoint's quant_method is {method!r}, which no quantization reads; known: {reads}; "
+            f"{_may_be_named(plugins)}"
+        )
     for entry in named:
         if ("quantization", entry.name) in plugins.insisted and entry not in fitting:
             reads = ", ".join(entry.methods)

@@ -22,7 +22,7 @@ from engine.parallel.groups import Groups, join
 from engine.parallel.mesh import ALONE, Mesh
 from engine.parallel.pipeline import Pipeline, join_stages
 from engine.plugin.checkpoints import open_checkpoint
-from engine.plugin.registry import Plugins, resolve
+from engine.plugin.registry import Plugins
 from engine.plugin.specs import Checkpoint, KVSpec
 from engine.plugin.terms import LONGEST, Terms, language_terms
 from engine.runtime.processors import cores
@@ -289,7 +289,7 @@ def readiness(
 def make_model(plugins: Plugins, terms: Terms, build: Build) -> Model:
     """The model that config.json names, its weights not filled. ConfigError for what its plugin misses there."""
     entry = model_for(plugins, terms.words("architectures"))
-    model_class = resolve(entry.target)
+    model_class = plugins.code("models", entry.name)
     try:
         model: Model = model_class(terms, build).eval()
     except KeyError as error:

@@ -1,12 +1,13 @@
 """The tiers of a rank: what the options ask for, built by the plugins that provide it."""
 
+import inspect
 import logging
-from typing import Any
+from typing import Any, Literal
 
 from engine.config import Config
-from engine.errors import ConfigError, counted
+from engine.errors import ConfigError, PluginError, counted
 from engine.options.sizes import show_size
-from engine.plugin.registry import Plugins, resolve
+from engine.plugin.registry import Plugins
 from engine.runtime.tiers import tier_sizes
 from engine.worker.choices import tier_for
 from engine.worker.manifest import manifest_of
@@ -37,15 +38,28 @@ def begin_transfers(config: Config, plugins: Plugins, runner: Runner, here: int,
     stores = bool(sizes.store)
     manifest = manifest_of(runner.model, **about) if stores else {}
     size = {"page_bytes": spec.page_bytes, "manifest": manifest}
-    build = resolve(tier_for(plugins, "pool", "--kv-host").target)
-    pool = build(capacity_bytes=pages * spec.page_bytes, argument="", **size)
+    pool = _made(plugins, "pool", "--kv-host", capacity_bytes=pages * spec.page_bytes, argument="", **size)
     store = None
     if stores:
-        build = resolve(tier_for(plugins, "store", "--kv-disk").target)
-        store = build(capacity_bytes=sizes.store, argument=sizes.place, **size)
+        store = _made(plugins, "store", "--kv-disk", capacity_bytes=sizes.store, argument=sizes.place, **size)
     told = f", and {show_size(sizes.store)} in {sizes.place} with all other ranks" if stores else ""
     logger.info("%d KV pages in %s of host memory%s", pages, show_size(pages * spec.page_bytes), told)
     copy = 0 if runner.copy is None else runner.copy.number
     slots, each = runner.page_table.shape
     uses = PageUses(slots, each, runner.page_size, len(runner.caches[0][0]))
     return Transfers(runner.caches, runner.device, pool, store, manifest, copy, uses)
+
+
+def _made(plugins: Plugins, kind: Literal["pool", "store"], option: str, **about: Any) -> Any:
+    """The pool or the store that `option` asks for. Raises PluginError for one that is made of something else."""
+    name = tier_for(plugins, kind, option).name
+    build = plugins.code("tiers", name)
+    try:
+        inspect.signature(build).bind(**about)
+    except TypeError as error:
+        raise PluginError(
+            f"the {kind} {name!r} of {plugins.sources['tiers', name]}: {build.__name__}: {error}"
+        ) from None
+    made = build(**about)
+    plugins.check("tiers", name, made)
+    return made

@@ -33,7 +33,7 @@ from engine.layers.moe import SparseMLP
 from engine.options.parallel import ParallelOptions
 from engine.parallel.peers import graph_time
 from engine.parallel.ways import CAPTURED, WAYS, Ways
-from engine.plugin.registry import Plugins, resolve
+from engine.plugin.registry import Plugins
 from engine.plugin.terms import Terms
 from engine.worker.choices import model_for
 
@@ -78,7 +78,7 @@ def choose_ways(options: ParallelOptions, source: Source, build: Build, most: in
 
 def mixture_of(source: Source) -> DecoderShape | None:
     """What the model's decoder is like, if it has mixtures of experts and may have copies of attention."""
-    model = resolve(model_for(source.plugins, source.terms.words("architectures")).target)
+    model = source.plugins.code("models", model_for(source.plugins, source.terms.words("architectures")).name)
     if not issubclass(model, CausalLM) or not model.in_copies:
         return None
     shape: DecoderShape = model.decoder_shape(source.language)

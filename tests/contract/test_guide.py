@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,16 @@ def weights() -> dict[str, torch.Tensor]:
     return {f"{name}.weight": torch.randn(shape, generator=generator) for name, shape in (tall | square).items()}
 
 
-@pytest.mark.parametrize("scenario", MODEL_SCENARIOS)
-def test_the_model_of_the_guide(scenario: str) -> None:
+def one_layer() -> Any:
+    """The model of the guide."""
     (source,) = re.findall(r"```python\n(from engine\.plugin\.layers import .*?)```", GUIDE, re.DOTALL)
-    names: dict[str, type] = {}
+    names: dict[str, Any] = {}
     exec(source, names)
-    tensors = weights()
+    return names["OneLayer"]
+
+
+def reference_of(tensors: dict[str, torch.Tensor]) -> Callable[[list[int]], torch.Tensor]:
+    """What that model computes with these weights."""
 
     def reference(ids: list[int]) -> torch.Tensor:
         weight = {name.removesuffix(".weight"): tensor.double() for name, tensor in tensors.items()}
@@ -66,7 +70,12 @@ def test_the_model_of_the_guide(scenario: str) -> None:
         attended = (scores.softmax(-1) @ value).transpose(0, 1).reshape(len(ids), SIZE)
         return ((hidden + attended @ weight["o_proj"].T) @ weight["lm_head"].T).float()
 
-    check_model(names["OneLayer"], CONFIG, tensors, reference, scenario)
+    return reference
+
+
+@pytest.mark.parametrize("scenario", MODEL_SCENARIOS)
+def test_the_model_of_the_guide(scenario: str) -> None:
+    check_model(one_layer(), CONFIG, weights(), reference_of(weights()), scenario)
 
 
 # ── the examples of hooks ────────────────────────────────────────────────────────────────────
@@ -141,8 +150,16 @@ def test_the_latent_attention_backend(folder: Path, case: Any) -> None:
     check_latent_attention(target_of(folder, "latent_attention"), case)
 
 
-def test_the_quantization_takes_nothing(folder: Path) -> None:
-    assert not target_of(folder, "quantization")(None).takes("model.layers.0.mlp.down_proj")
+def test_the_quantization(folder: Path) -> None:
+    scheme = target_of(folder, "quantization")(None)
+    stored = weights()
+    for name in stored:
+        if "_proj" in name:
+            scale = stored[name].abs().amax(1, keepdim=True) / 127
+            stored[name] = (stored[name] / scale).round() * scale
+    check_model(one_layer(), CONFIG, weights(), reference_of(stored), "whole", quantization=scheme)
+    with pytest.raises(AssertionError, match="logits"):  # it does quantize
+        check_model(one_layer(), CONFIG, weights(), reference_of(weights()), "whole", quantization=scheme)
 
 
 def test_the_checkpoint_format_opens_its_name(folder: Path) -> None:

@@ -50,6 +50,7 @@ CASES = {
         "Llama",
         {"attention_bias": True, "mlp_bias": True, "vocab_size": 95},
     ),
+    "a block with a norm of its own": ("own_norm:OwnNorm", "Llama", {}),
     "mixture": (f"{MODELS}.qwen3_moe:Qwen3Moe", "Qwen3Moe", EXPERTS),
     "two kinds of layers": (f"{MODELS}.gemma:Gemma3", "Gemma3", {"head_dim": 8, "sliding_window": 7}),
     "latent attention, shared experts": (f"{MODELS}.deepseek:Deepseek", "DeepseekV3", {**LATENT, "q_lora_rank": 20}),

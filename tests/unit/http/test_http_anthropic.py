@@ -121,6 +121,7 @@ async def test_an_abort_has_no_stop_reason() -> None:
     ("body", "status", "param", "says"),
     [
         ({"messages": HI}, 400, None, "missing required field `max_tokens`"),
+        ({"messages": HI, "max_tokens": -1}, 400, "max_tokens", "max_tokens: expected `int` >= 1, got -1; correct"),
         ({"messages": HI, "max_tokens": 0}, 400, "max_tokens", ">= 1"),
         ({"messages": [], "max_tokens": 1}, 400, "messages", "length >= 1"),
         ({"messages": [{"role": "boss", "content": ""}], "max_tokens": 1}, 400, "messages[0].role", "'boss'"),

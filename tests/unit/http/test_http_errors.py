@@ -25,7 +25,7 @@ IMAGE = {"type": "image", "text": ""}
 
 # path, body, param, what the message must say
 REFUSED = [
-    (CHAT, {}, None, "missing required field `messages`"),
+    (CHAT, {}, None, "missing required field `messages`; send it"),
     (CHAT, [], None, "expected `object`, got `array`"),
     (CHAT, {"messages": []}, "messages", "empty"),
     (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content", "needs a text"),
@@ -40,7 +40,7 @@ REFUSED = [
     (CHAT, {"messages": HI, "temprature": 1}, "temprature", "did you mean temperature?"),
     (CHAT, {"messages": HI, "zzz": 1}, "zzz", "the fields here are"),
     (CHAT, {"messages": HI, "temperature": 2.5}, "temperature", "2.5; it must be a number from 0 to 2"),
-    (CHAT, {"messages": HI, "temperature": "hot"}, "temperature", "expected `float | null`, got `str`"),
+    (CHAT, {"messages": HI, "temperature": "hot"}, "temperature", 'expected `float | null`, got `str` "hot"'),
     (CHAT, {"messages": HI, "max_tokens": 0}, "max_tokens", "0; it must be a whole number from 1"),
     (CHAT, {"messages": HI, "max_completion_tokens": 0}, "max_completion_tokens", "max_completion_tokens is 0"),
     (CHAT, {"messages": HI, "max_completion_tokens": 2, "max_tokens": 3}, "max_completion_tokens", "send one"),
@@ -55,7 +55,7 @@ REFUSED = [
     (CHAT, {"messages": HI, "n": 0}, "n", "from 1 to 128"),
     (CHAT, {"messages": HI, "n": 129}, "n", "from 1 to 128"),
     (CHAT, {"messages": HI, "n": True}, "n", "got `bool`"),
-    (CHAT, {"messages": HI, "logprobs": 3}, "logprobs", "expected `bool | null`, got `int`"),
+    (CHAT, {"messages": HI, "logprobs": 3}, "logprobs", "expected `bool | null`, got `int` 3; correct"),
     (CHAT, {"messages": HI, "top_logprobs": 3}, "top_logprobs", "needs logprobs: true"),
     (CHAT, {"messages": HI, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "top_logprobs is 21; it must be"),
     (CHAT, {"messages": HI, "response_format": {"type": "yaml"}}, "response_format.type", "'yaml'"),
@@ -232,6 +232,30 @@ async def test_what_is_not_json(body: bytes, says: str) -> None:
         answer = await response.json()
     assert (response.status, answer["error"]["code"]) == (400, "invalid_json")
     assert re.search(says, answer["error"]["message"])
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b'{"prompt": "a", "echo": "yes", broken', "echo: expected `bool | null`, got `str`; correct"),
+        (b'{"prompt": "a", "echo": "yes", "x": "\\ud8"}', "echo: expected `bool | null`, got `str`; correct"),
+        (b'{"prompt": "a", "echo": ' + b"9" * 30 + b"}", "echo: expected `bool | null`, got"),
+        (
+            b'{"prompt": "a", "echo": "' + b"y" * 99 + b'"}',
+            'echo: expected `bool | null`, got `str` "' + 76 * "y" + "...;",
+        ),
+        (b'{"prompt": "a", "echo": "' + b"y" * 70_000 + b'"}', "echo: expected `bool | null`, got `str`; correct"),
+    ],
+)
+async def test_a_wrong_value_is_told_where_it_is_short_and_can_be_read(body: bytes, says: str) -> None:
+    async with (
+        serving(FakeFront()) as url,
+        aiohttp.ClientSession() as session,
+        session.post(url + TEXT, data=body) as response,
+    ):
+        answer = await response.json()
+    assert response.status == 400
+    assert says in answer["error"]["message"]
 
 
 async def test_a_body_that_is_too_long() -> None:

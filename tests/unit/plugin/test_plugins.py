@@ -43,6 +43,8 @@ def register_checkpoints(register):
     register("toy", "toy_format:Toy", models={"toy-1b": "a toy"})
 
 class Toy:
+    name = config = text = tensors = None
+
     @classmethod
     def open(cls, model):
         opened = cls()
@@ -227,6 +229,126 @@ def test_a_wrong_registration_names_plugin_and_field(distribute: Distribute, cal
     message = refused("odd")
     for words in ["'odd' of odd 1.2", *said]:
         assert words in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "said"),
+    [
+        ("models", "", "lacks 'architectures', which must be a tuple of texts such as ('a', 'b')"),
+        ("models", "architectures='A'", "architectures is 'A', and must be a tuple of texts such as ('a', 'b')"),
+        ("models", "architectures=()", "architectures is (), and must be a tuple of texts"),
+        ("attention", "devices=('gpu',)", "devices is ('gpu',), and must be a tuple of 'cpu' or 'cuda'"),
+        ("attention", "devices=('cpu',), preference=1.5", "preference is 1.5, and must be a whole number"),
+        (
+            "grammars",
+            "kinds=('choices',), package='p'",
+            "kinds is ('choices',), and must be a tuple of 'json_object' or",
+        ),
+        ("tiers", "", "lacks 'kind', which must be 'pool' or 'store'"),
+        ("parsers", "kind='tols'", "kind is 'tols', and must be 'tool' or 'reasoning'"),
+    ],
+)
+def test_a_field_that_would_never_be_chosen_is_refused(
+    distribute: Distribute, kind: str, fields: str, said: str
+) -> None:
+    source = f"""
+    from engine.plugin import hookimpl
+
+    @hookimpl
+    def register_{kind}(register):
+        register("x", "m:X", {fields})
+    """
+    distribute("odd", {"odd": "odd_manifest"}, odd_manifest=source)
+    assert f"plugin 'odd' of odd 1.2: register('x'){'' if said.startswith('lacks') else ':'} {said}" in refused("odd")
+
+
+def test_a_distribution_named_for_its_plugin_is_told_the_name(distribute: Distribute) -> None:
+    distribute("odd-llama", {"odd": "odd_manifest"}, odd_manifest="")
+    assert refused("odd-llama") == "unknown plugin 'odd-llama'; the distribution odd-llama has 'odd', so name that"
+    assert "did you mean 'odd'" in refused("ood")
+
+
+def test_where_nothing_serves_the_plugins_that_could_be_named_are_told(distribute: Distribute) -> None:
+    with pytest.raises(PluginError, match=r"BertModel.*; name a plugin that does in --plugins$"):
+        model_for(Plugins.load(), ["FooForCausalLM"])
+    distribute("odd-llama", {"odd": "odd_manifest"}, odd_manifest="")
+    with pytest.raises(PluginError, match=r"in --plugins; installed and not named: odd$"):
+        model_for(Plugins.load(), ["FooForCausalLM"])
+    with pytest.raises(PluginError, match=r"'awq'.*in --plugins; installed and not named: odd$"):
+        quantization_for(Plugins.load(), "awq")
+
+
+MISMADE = """
+from engine.plugin import hookimpl
+
+@hookimpl
+def register_policies(register):
+    register("mine", "odd_code:Policy")
+    register("lost", "odd_code:Policies")
+
+@hookimpl
+def register_models(register):
+    register("mine", "odd_code:Policy", architectures=("Odd",))
+
+@hookimpl
+def register_attention(register):
+    register("mine", "odd_code:Attention", devices=("cpu",))
+
+@hookimpl
+def register_parsers(register):
+    register("mine", "odd_code:Policy", kind="tool")
+    register("thoughts", "odd_code:Policy", kind="reasoning")
+
+@hookimpl
+def register_media(register):
+    register("mine", "odd_code:Policy", architectures=("Odd",))
+"""
+CODE = """
+from engine.plugin.layers import PagedAttention
+
+class Policy:
+    pass
+
+class Attention(PagedAttention):
+    def prepare(self, batch):
+        return None
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "said"),
+    [
+        ("policies", "lost", "cannot be imported: AttributeError: module 'odd_code' has no attribute 'Policies'"),
+        ("models", "mine", "odd_code:Policy is no subclass of Model, and must be one"),
+        ("attention", "mine", "odd_code:Attention lacks attend, which AttentionBackend has; docs/plugins.md says more"),
+        ("parsers", "mine", "odd_code:Policy is no subclass of ToolParser, and must be one"),
+        ("parsers", "thoughts", "odd_code:Policy is no subclass of ReasoningParser, and must be one"),
+        ("media", "mine", "lacks choose_frames, prepare, placed, which MediaProcessor has; docs/plugins.md says more"),
+    ],
+)
+def test_code_that_is_not_as_its_kind_names_the_plugin(distribute: Distribute, kind: str, name: str, said: str) -> None:
+    distribute("odd", {"odd": "odd_manifest"}, odd_manifest=MISMADE, odd_code=CODE)
+    with pytest.raises(PluginError) as caught:
+        Plugins.load(["odd"]).code(kind, name)
+    assert str(caught.value).startswith(f"{name!r} of odd 1.2: odd_code:")
+    assert str(caught.value).endswith(said)
+
+
+def test_a_policy_without_its_methods_does_not_start(distribute: Distribute) -> None:
+    distribute("odd", {"odd": "odd_manifest"}, odd_manifest=MISMADE, odd_code=CODE)
+    with pytest.raises(PluginError) as caught:
+        make_policy(Plugins.load(["odd"]), "mine")
+    assert (
+        str(caught.value)
+        == "'mine' of odd 1.2: odd_code:Policy lacks order, needs_match, which Policy has; docs/plugins.md says more"
+    )
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("grammars", "routes", "commands")])
+def test_the_built_in_code_is_as_its_kind_must_be(kind: str) -> None:
+    plugins = Plugins.load()
+    for name in plugins.entries(kind):
+        assert plugins.code(kind, name)
 
 
 def test_an_entry_point_must_be_a_module(distribute: Distribute) -> None:
