@@ -161,6 +161,6 @@ def test_a_property_may_be_called_as_a_keyword_is(name: str) -> None:
     """Its schema is one: the odd count and the format that nobody knows in it are read as everywhere."""
     exact = pytest.importorskip("engine_plugins.grammars.llguidance.json_exact").exact
     schema = {"type": "string", "maxLength": 2.0, "format": "colour"}
-    whole = {"type": "object", "properties": {name: schema}, "const": schema}
+    whole = {"type": "object", "properties": {name: schema}, "additionalProperties": False, "const": schema}
     wanted = {name: {"type": "string", "maxLength": 2}}
-    assert exact(whole) == {"type": "object", "properties": wanted, "const": schema}
+    assert exact(whole) == {**whole, "properties": wanted}

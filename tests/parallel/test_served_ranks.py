@@ -93,7 +93,7 @@ def test_whatever_is_asked_two_ranks_reply_as_one(folder: Path) -> None:
 
 
 def test_two_ranks_move_their_parts_of_pages_between_tiers_and_reply_as_one(tmp_path: Path) -> None:
-    """The device has room for one of the prompts. Two ranks that start anew find what those before them left on disk."""
+    """The device has room for one of the prompts. Ranks that start anew find what those before them left on disk."""
     changes = {"num_attention_heads": 4, "vocab_size": 128, "eos_token_id": 127, "max_position_embeddings": 320}
     save_checkpoint(tiny_model("Llama", **changes), tmp_path)
     long = [[*range(start, start + 70)] * 4 for start in (1, 11, 21)]

@@ -206,7 +206,7 @@ class LLGuidance:
         if schema is False:
             raise RequestError("the json_schema is false, which no reply fits; send another", code="invalid_grammar")
         schema = {} if schema is True else schema
-        return f"%json {json.dumps({**exact(schema), 'x-guidance': self._options})}"
+        return f"%json {json.dumps(exact({**schema, 'x-guidance': self._options}))}"
 
     def accept(self, matchers: Sequence[LLMatcher], tokens: Sequence[int]) -> list[bool]:
         accepted = []

@@ -16,13 +16,13 @@ patterns or formats, and choices between strings and words.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import llguidance
 import numpy as np
 
 from engine.plugin import Vocabulary
+from engine_plugins.grammars.llguidance.json_names import objects
 
 FEW = 24  # characters left, up to which the table is the quicker way: longer tokens are few
 NOT_FREE = frozenset({"pattern", "format", "patternProperties", "propertyNames", "contentEncoding", "x-guidance"})
@@ -40,21 +40,13 @@ def probe_of(source: str) -> str:
     schema = json.loads(source)
     keys: set[str] = set()
     mixed = False
-    for node in _objects(schema):
+    for node in objects(schema):
         keys |= node.keys()
         mixed |= isinstance(node.get("type"), list)
     if "maxLength" not in keys or keys & NOT_FREE or ((mixed or keys & CHOICES) and keys & WORDS):
         return ""
     words = json.dumps(schema, ensure_ascii=False)
     return next((character for character in PROBES if character not in words), "")
-
-
-def _objects(value: Any) -> Iterator[dict[str, Any]]:
-    """Every object in a JSON value; a property is taken for a keyword of its name, which does no harm here."""
-    if isinstance(value, dict):
-        yield value
-    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _objects(part)
 
 
 def ordinary_length(token: bytes) -> int:

@@ -1,16 +1,18 @@
 """Rewrites a JSON schema so that llguidance enforces it exactly, or refuses it.
 
-llguidance reads numbers as doubles, its expressions are Rust's, and its formats allow some invalid texts. So this
-module checks numbers (json_numbers.py), translates `pattern` (ecma.py), and turns a `format` into the expressions of
-formats.py; unknown formats are annotations, as in JSON Schema. Left out: dropping keywords that forbid nothing, which
+llguidance reads numbers as doubles, its expressions are Rust's, its formats allow some invalid texts, and it takes a
+declared name that is written in escapes for another name. So this module checks numbers (json_numbers.py), translates
+`pattern` (ecma.py), turns a `format` into the expressions of formats.py, and gives names one spelling (json_names.py).
+Unknown formats are annotations, as in JSON Schema. Left out: dropping keywords that forbid nothing, which
 engine/grammars/simpler.py does.
 """
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine_plugins.grammars.llguidance.ecma import Unheld, whole_string
 from engine_plugins.grammars.llguidance.formats import FORMATS
+from engine_plugins.grammars.llguidance.json_names import escapes, with_names
 from engine_plugins.grammars.llguidance.json_numbers import check, merges, with_bounds
 
 COUNTED = frozenset({"Length", "Items", "Properties"})
@@ -19,21 +21,33 @@ NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "d
 OLD_DRAFT = re.compile(r"draft-0[0-3]\b")
 
 
+class Whole(NamedTuple):
+    """What is known of the whole schema: whether bounds may meet, and whether names need a pattern."""
+
+    merging: bool
+    naming: bool
+
+
 def exact(schema: Any) -> Any:
     """`schema` for llguidance. Raises Unheld naming the keyword that cannot be enforced exactly."""
-    return _exact(schema, merges(schema))
+    options = escapes(schema)
+    written = _exact(schema, Whole(merges(schema), naming=not options))
+    if options:
+        own = written.get("x-guidance")
+        written["x-guidance"] = {**own, **options} if isinstance(own, dict) else options
+    return written
 
 
-def _exact(schema: Any, merging: bool) -> Any:
+def _exact(schema: Any, whole: Whole) -> Any:
     if isinstance(schema, list):
-        return [_exact(each, merging) for each in schema]
+        return [_exact(each, whole) for each in schema]
     if not isinstance(schema, dict):
         return schema
     _check(schema)
-    schema = with_bounds(schema, merging=merging)
+    schema = with_bounds(schema, merging=whole.merging)
     format, pattern = schema.get("format"), schema.get("pattern")
     replaced = {name for name, text in (("format", format), ("pattern", pattern)) if isinstance(text, str)}
-    written = {name: _keyword(name, value, merging) for name, value in schema.items() if name not in replaced}
+    written = {name: _keyword(name, value, whole) for name, value in schema.items() if name not in replaced}
     patterns = [f"^{whole_string(pattern)}$"] if isinstance(pattern, str) else []
     known = FORMATS.get(format) if isinstance(format, str) else None
     if known is not None:
@@ -44,18 +58,18 @@ def _exact(schema: Any, merging: bool) -> Any:
         written["pattern"] = patterns[0]
     if len(patterns) > 1:
         written["allOf"] = [*written.get("allOf", []), *({"pattern": each} for each in patterns[1:])]
-    return written
+    return with_names(written) if whole.naming else written
 
 
-def _keyword(name: str, value: Any, merging: bool) -> Any:
+def _keyword(name: str, value: Any, whole: Whole) -> Any:
     """The `value` of a schema's keyword. The keys of some are no keywords, but the client's names."""
     if name == "patternProperties" and isinstance(value, dict):
-        return {f"^{whole_string(pattern)}$": _exact(schema, merging) for pattern, schema in value.items()}
+        return {f"^{whole_string(pattern)}$": _exact(schema, whole) for pattern, schema in value.items()}
     if name in NAMED and isinstance(value, dict):
-        return {key: _exact(schema, merging) for key, schema in value.items()}
+        return {key: _exact(schema, whole) for key, schema in value.items()}
     if name in VALUES:
         return value
-    return int(value) if _whole(name, value) else _exact(value, merging)
+    return int(value) if _whole(name, value) else _exact(value, whole)
 
 
 def _check(schema: dict[str, Any]) -> None:

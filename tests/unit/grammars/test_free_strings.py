@@ -32,6 +32,7 @@ BOUNDED: list[dict[str, Any]] = [
     {"type": "array", "items": one(a={"type": "string", "maxLength": 9}), "minItems": 5},
     {"type": "object", "additionalProperties": {"type": "string", "maxLength": 4}, "minProperties": 3},
     {**one(ab={"type": "string", "maxLength": 6}), "additionalProperties": {"type": "string", "maxLength": 3}},
+    {**one(ab={"type": "string", "maxLength": 6}), "additionalProperties": True},
     {"anyOf": [{"type": "string", "maxLength": 3}, {"type": "string", "minLength": 5, "maxLength": 9}]},
 ]
 LEFT_ALONE: list[dict[str, Any]] = [
