@@ -18,6 +18,7 @@ from engine.plugin.hookspecs import KINDS
 from engine.plugin.registry import Plugins, resolve
 from engine.sched.policies import make_policy
 from engine.worker.choices import attention_after, attention_for, model_for, quantization_for
+from engine.worker.tiers import make_tier
 
 Distribute = Callable[..., None]
 
@@ -342,6 +343,44 @@ def test_a_policy_without_its_methods_does_not_start(distribute: Distribute) -> 
         str(caught.value)
         == "'mine' of odd 1.2: odd_code:Policy lacks order, needs_match, which Policy has; docs/plugins.md says more"
     )
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("Pool", ""),
+        ("Empty", "lacks memory, which Pool has; docs/plugins.md says more"),
+        ("make", "missing a required argument: 'pages'"),
+    ],
+)
+def test_a_pool_is_made_of_what_it_is_told(distribute: Distribute, target: str, says: str) -> None:
+    """Whatever its target is: what is in C need not say what it takes, and a partial call has no name."""
+    manifest = f"""
+    from engine.plugin import hookimpl
+
+    @hookimpl
+    def register_tiers(register):
+        register("mine", "odd_code:{target}", kind="pool")
+    """
+    code = """
+    from functools import partial
+
+    class Empty(dict):
+        pass
+
+    class Pool(dict):
+        memory = None
+
+    make = partial(lambda pages, **about: None)
+    """
+    distribute("odd", {"odd": "odd_manifest"}, odd_manifest=manifest, odd_code=code)
+    plugins = Plugins.load(["odd"])
+    if not says:
+        assert make_tier(plugins, "pool", "--kv-host", capacity_bytes=1) == {"capacity_bytes": 1}
+        return
+    with pytest.raises(PluginError) as caught:
+        make_tier(plugins, "pool", "--kv-host", capacity_bytes=1)
+    assert "'mine' of odd 1.2: odd_code:" in str(caught.value) and str(caught.value).endswith(says)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("grammars", "routes", "commands")])
