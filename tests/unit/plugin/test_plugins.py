@@ -9,7 +9,7 @@ from textwrap import dedent
 
 import pytest
 
-from engine.errors import ConfigError, PluginError
+from engine.errors import ConfigError, EngineError, PluginError
 from engine.grammars import engines
 from engine.grammars.engines import grammar_engines
 from engine.plugin import Waiting, hub
@@ -44,11 +44,10 @@ def register_checkpoints(register):
     register("toy", "toy_format:Toy", models={"toy-1b": "a toy"})
 
 class Toy:
-    name = config = text = tensors = None
-
     @classmethod
     def open(cls, model):
         opened = cls()
+        opened.name = opened.config = opened.text = opened.tensors = None
         opened.model = model
         return opened if model == "toy-1b" or model.endswith(".toy") or "toyhub" in model else None
 """
@@ -333,6 +332,28 @@ def test_code_that_is_not_as_its_kind_names_the_plugin(distribute: Distribute, k
         Plugins.load(["odd"]).code(kind, name)
     assert str(caught.value).startswith(f"{name!r} of odd 1.2: odd_code:")
     assert str(caught.value).endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("Checkpoint = type('Checkpoint', (), {})", "lacks open, name, config, text, tensors, which Checkpoint has"),
+        ("Checkpoint = type('Checkpoint', (), {'open': lambda _: 1})", "lacks open, name, config, text, tensors"),
+        ("Checkpoint = type('Checkpoint', (), {'open': lambda _: None})", "does not exist"),
+    ],
+)
+def test_what_a_checkpoint_format_opens_is_checked(distribute: Distribute, code: str, says: str) -> None:
+    """And not the class, which may hand on what another opens (as the toy's objects, which get their methods late)."""
+    manifest = """
+    from engine.plugin import hookimpl
+
+    @hookimpl
+    def register_checkpoints(register):
+        register("mine", "odd_code:Checkpoint")
+    """
+    distribute("odd", {"odd": "odd_manifest"}, odd_manifest=manifest, odd_code=code)
+    with pytest.raises(EngineError, match=says):
+        open_checkpoint(Plugins.load(["odd"]), "nowhere/at/all")
 
 
 def test_a_policy_without_its_methods_does_not_start(distribute: Distribute) -> None:
