@@ -66,8 +66,8 @@ class Server(Remote):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if (telling := self._telling) is not None:
-            with anyio.CancelScope(shield=True):
+        with anyio.CancelScope(shield=True):
+            while (telling := self._telling) is not None and not telling.done():  # programs may end meanwhile
                 await asyncio.wait([telling], timeout=LAST_SECONDS)
                 telling.cancel()  # of a server that hangs
                 await asyncio.wait([telling])
@@ -190,7 +190,7 @@ class Server(Remote):
         return [found.probability, 1 - found.probability] if found.probability is not None else found.shares, meta
 
     async def end(self, program: str) -> None:
-        if not self._ours:
+        if not self._ours or self._http.closed:  # a program that runs by itself may end after its server was left
             return
         self._ended.append(program)
         if self._telling is None or self._telling.done():

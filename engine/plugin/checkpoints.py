@@ -44,7 +44,7 @@ def _formats(plugins: Plugins) -> list[CheckpointEntry]:
 def _open_path(plugins: Plugins, path: str) -> Checkpoint | None:
     for entry in _formats(plugins):
         try:
-            opened: Checkpoint | None = plugins.code("checkpoints", entry.name).open(path)
+            opened = _open(plugins, entry, path)
         except OSError as error:
             raise ConfigError(f"--model {path} cannot be read: {error}") from error
         if opened is not None:
@@ -52,8 +52,17 @@ def _open_path(plugins: Plugins, path: str) -> Checkpoint | None:
     return None
 
 
+def _open(plugins: Plugins, entry: CheckpointEntry, model: str) -> Checkpoint | None:
+    """What the format opens, which may be what another one opened, so not of the class that is asked."""
+    found = plugins.code("checkpoints", entry.name)
+    opened: Checkpoint | None = found.open(model) if hasattr(found, "open") else found
+    if opened is not None:
+        plugins.check("checkpoints", entry.name, opened)
+    return opened
+
+
 def _opened(plugins: Plugins, entry: CheckpointEntry, model: str) -> Checkpoint:
-    opened: Checkpoint | None = plugins.code("checkpoints", entry.name).open(model)
+    opened = _open(plugins, entry, model)
     if opened is None:
         raise PluginError(f"the checkpoint plugin {entry.name!r} lists {model!r}, but does not open it")
     return opened

@@ -35,7 +35,7 @@ class PluginRow(Struct, frozen=True):
     description: str = ""
 
 
-MADE = ("policies", "tiers")  # kinds whose entries are checked once they have made something
+MADE = ("checkpoints", "policies", "tiers")  # kinds whose entries are checked once they have made something
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,10 @@ def begin_transfers(config: Config, plugins: Plugins, runner: Runner, here: int,
     stores = bool(sizes.store)
     manifest = manifest_of(runner.model, **about) if stores else {}
     size = {"page_bytes": spec.page_bytes, "manifest": manifest}
-    pool = _made(plugins, "pool", "--kv-host", capacity_bytes=pages * spec.page_bytes, argument="", **size)
+    pool = make_tier(plugins, "pool", "--kv-host", capacity_bytes=pages * spec.page_bytes, argument="", **size)
     store = None
     if stores:
-        store = _made(plugins, "store", "--kv-disk", capacity_bytes=sizes.store, argument=sizes.place, **size)
+        store = make_tier(plugins, "store", "--kv-disk", capacity_bytes=sizes.store, argument=sizes.place, **size)
     told = f", and {show_size(sizes.store)} in {sizes.place} with all other ranks" if stores else ""
     logger.info("%d KV pages in %s of host memory%s", pages, show_size(pages * spec.page_bytes), told)
     copy = 0 if runner.copy is None else runner.copy.number
@@ -50,16 +50,16 @@ def begin_transfers(config: Config, plugins: Plugins, runner: Runner, here: int,
     return Transfers(runner.caches, runner.device, pool, store, manifest, copy, uses)
 
 
-def _made(plugins: Plugins, kind: Literal["pool", "store"], option: str, **about: Any) -> Any:
+def make_tier(plugins: Plugins, kind: Literal["pool", "store"], option: str, **about: Any) -> Any:
     """The pool or the store that `option` asks for. Raises PluginError for one that is made of something else."""
-    name = tier_for(plugins, kind, option).name
-    build = plugins.code("tiers", name)
+    entry = tier_for(plugins, kind, option)
+    name, build = entry.name, plugins.code("tiers", entry.name)
     try:
         inspect.signature(build).bind(**about)
+    except ValueError:  # what is in C may not say what it takes
+        pass
     except TypeError as error:
-        raise PluginError(
-            f"the {kind} {name!r} of {plugins.sources['tiers', name]}: {build.__name__}: {error}"
-        ) from None
+        raise PluginError(f"the {kind} {name!r} of {plugins.sources['tiers', name]}: {entry.target}: {error}") from None
     made = build(**about)
     plugins.check("tiers", name, made)
     return made

@@ -20,7 +20,7 @@ from engine.http.app import ROUTES, serve
 from engine.http.plugins import with_plugins
 from engine.media.frames import Frames
 from engine.messages.media import unpacked
-from engine.plugin import Terms, Waiting
+from engine.plugin import Terms, Waiting, kernels
 from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.hookspecs import KINDS
 from engine.plugin.registry import Plugins, resolve
@@ -39,6 +39,13 @@ from engine.plugin.testing import (
 GUIDE = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text()
 SIZE, HEADS, VOCABULARY = 8, 2, 16
 CONFIG = {"hidden_size": SIZE, "num_attention_heads": HEADS, "vocab_size": VOCABULARY}
+
+
+def test_the_kernels_of_the_guide_are_there() -> None:
+    pytest.importorskip("triton")
+    (table,) = re.findall(r"\| names \| compute \|\n(.*?)\n\n", GUIDE, re.DOTALL)
+    names = [name for row in table.splitlines()[1:] for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert len(names) > 15 and not [name for name in names if not hasattr(kernels, name)]
 
 
 def weights() -> dict[str, torch.Tensor]:

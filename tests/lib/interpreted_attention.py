@@ -4,6 +4,7 @@ TRITON_INTERPRET is set before anything imports triton. float32 only: the interp
 The hybrid is here too, as its other half is Triton's."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,6 +44,25 @@ def test_attention_in_pieces_is_that_of_the_definition(window: int | None, monke
     monkeypatch.setattr(extending, "LEAST_PIECE", 32)
     case = AttentionCase(page_size=3, heads=(7, 1), head_dim=48, rows=((96, 6), (33, 1), (70, 2)), window=window)
     check_attention(TritonAttention, case)
+
+
+@pytest.mark.parametrize(("least", "window"), [(32, 60), (512, None)])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_rows_of_drafts_begin_later_than_the_host_knows(
+    least: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device sees more blocks of positions than the tasks were cut for, and their numbers stay right."""
+    monkeypatch.setattr(extending, "LEAST_PIECE", least)
+    made: list[TritonAttention] = []
+
+    class Behind(TritonAttention):
+        def prepare(self, batch: Batch) -> Any:
+            made.append(self)
+            return super().prepare(dataclasses.replace(batch, starts=np.maximum(batch.starts - 7, 0)))
+
+    rows = ((98, 5), (60, 5), (9, 1), (31, 2))
+    check_attention(Behind, AttentionCase(page_size=3, heads=(2, 1), head_dim=16, rows=rows, window=window))
+    assert not made[0]._pieces.arrived.any()
 
 
 SHAPE = PagedShape(query_heads=6, kv_heads=2, head_dim=16, page_size=4, scale=0.25, window=None)
@@ -133,8 +153,8 @@ def test_tasks_cover_the_rows_of_several_tokens_and_those_with_most_to_read_come
     tasks = extending.list_extend_tasks(starts, lengths, SHAPE, BLOCKS, teams=8)
     assert sorted(zip(*tasks[:2].tolist(), strict=True)) == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), *LATER]
     spans = np.minimum(starts[tasks[0]] + 2 * tasks[1] + 2, (starts + lengths)[tasks[0]])
-    assert tasks[3].tolist() == sorted(tasks[3].tolist(), reverse=True) == (-(-spans // 32) * 32).tolist()
-    assert not tasks[[2, 4]].any(), "what is so short is whole"
+    assert tasks[4].tolist() == sorted(tasks[4].tolist(), reverse=True) == (-(-spans // 32) * 32).tolist()
+    assert (tasks[[2, 3, 5]].T == (0, 1, 0)).all(), "what is so short is whole"
 
 
 BLOCKS = Blocks(queries=6, positions=32, warps=4, stages=1)  # of two tokens
@@ -162,14 +182,14 @@ def test_pieces_are_all_of_a_block_and_lie_where_no_other_does(
         first = int(starts[row]) + 2 * block
         end = min(first + 2, int(starts[row] + lengths[row]))
         span = end - (0 if window is None else max(first + 1 - window, 0) // 32 * 32)
-        number, each, place = (list(column) for column in zip(*pieces, strict=True))
-        assert number == list(range(-(-span // each[0])))
+        number, count, each, place = (list(column) for column in zip(*pieces, strict=True))
+        assert number == list(range(-(-span // each[0]))) and set(count) == {len(pieces)}
         assert len(set(each)) == 1 and each[0] % 32 == 0
         assert len(pieces) == 1 or each[0] >= extending.LEAST_PIECE
         assert place == list(range(place[0], place[0] + len(place)))
         taken += place if len(place) > 1 else []
     assert sorted(taken) == list(range(len(taken))) and len(taken) <= 2 * teams
-    assert tasks[3].tolist() == sorted(tasks[3].tolist(), reverse=True)
+    assert tasks[4].tolist() == sorted(tasks[4].tolist(), reverse=True)
     assert tasks.shape[1] <= teams or len(by_block) >= teams
     assert tasks.shape[1] <= extending.most_extend_tasks(int(lengths.sum()), len(rows), 2, teams)
 
@@ -179,9 +199,9 @@ def test_the_few_tokens_behind_a_long_context_are_cut_for_the_whole_device() -> 
     long one is cut to a team's share of all, and longer ones where none is much longer are whole."""
     cut = dataclasses.replace(BLOCKS, queries=96, positions=64)
     few = extending.list_extend_tasks(np.array([8192]), np.array([144]), SHAPE, cut, teams=16)
-    assert few.shape[1] == 15 and set(few[3]) == {2752, 2816}
+    assert few.shape[1] == 15 and set(few[4]) == {2752, 2816}
     many = extending.list_extend_tasks(np.array([16384, 0]), np.array([32, 640]), SHAPE, cut, teams=16)
-    assert many.shape[1] == 20 + 11 and many[3, 0] == 1536
+    assert many.shape[1] == 20 + 11 and many[4, 0] == 1536
     assert many[0, :11].tolist() == [0] * 11, "the longest come first"
     alike = extending.list_extend_tasks(np.array([8192]), np.array([1024]), SHAPE, cut, teams=16)
     assert alike.shape[1] == 32
@@ -229,7 +249,8 @@ def test_one_prompt_plan_serves_steps_of_other_rows(kind: str, monkeypatch: pyte
         row_slots, row_starts, lengths = (np.array(column) for column in zip(*rows, strict=True))
         ends = np.concatenate(([0], np.cumsum(lengths)))
         host, count = numbers.host(), len(rows)
-        host[:], host[:count], host[4 : 4 + count] = 0, row_slots, row_starts
+        host[:4], host[4:8] = 0, 39  # wherever empty rows begin, nothing is done for them
+        host[:count], host[4 : 4 + count] = row_slots, row_starts
         host[8 : 9 + count], host[9 + count :] = ends, ends[-1]
         numbers.send()
         backend.refill_prompts(plan, row_starts, lengths, ends)

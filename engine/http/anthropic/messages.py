@@ -25,7 +25,7 @@ from engine.http.sse import WORDS
 from engine.http.streams import send_replies
 from engine.http.tools import CALLED_DIRECTLY, FEW_MESSAGES, FEW_TOOLS, Effort, ToolName, checked, tool_of
 from engine.http.turns import in_turn
-from engine.http.wire import Body, Reply, json_response, to_json
+from engine.http.wire import ENCODER, Body, Reply, json_response
 from engine.messages.request import Generate
 from engine.messages.text import Tokenize
 from engine.params.grammar import Ask, GrammarFields, check_nesting
@@ -344,7 +344,7 @@ def _turns(message: AnthropicMessage, path: str) -> list[Message]:
             case ToolUseBlock():
                 _goes_with(message, "assistant", place)
                 check_nesting(block.input, f"{place}.input")
-                parts.append(Call(block.name, to_json(block.input).decode(), block.id))
+                parts.append(Call(block.name, ENCODER.encode(block.input).decode(), block.id))
             case ThinkingBlock():
                 _goes_with(message, "assistant", place)
                 thought.append(block.thinking)

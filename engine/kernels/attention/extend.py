@@ -8,8 +8,11 @@ A program has a key head and a task. A task is a block of a row's tokens with al
 
 A block has some dozens of tokens, so the few new tokens behind a long context make few blocks, whose programs would
 read all of it while most of the device has nothing to do. Such contexts are cut into pieces (as in Flash-Decoding,
-Dao et al. 2023), all of one length in a step. Who finishes the last piece of a block sums up all of them; there is no
+Dao et al. 2023), of about one length in a step. Who finishes the last piece of a block sums up all of them; there is no
 second kernel. A block's bits depend on the step, since the length does.
+
+How many pieces there are is what the host says, and the last of them ends where the block does: rows of drafts may
+begin later than the host knows, and a count made anew on the device would wait for a piece that nobody computes.
 
 The host lists the tasks, those with most to read first. A CUDA graph reads the list, so one graph serves steps of any
 rows. Left out: rows of one token, which are decode.py's.
@@ -43,7 +46,7 @@ LEAST_PIECE = 512  # positions: shorter ones cost more to sum up than they save
 class ExtendRows:
     """Rows of several tokens, as N tasks."""
 
-    tasks: Tensor  # [5, N] int32 or int64, as list_extend_tasks gives them; zeros for an empty row are nothing to do
+    tasks: Tensor  # [6, N] int32 or int64, as list_extend_tasks gives them; zeros for an empty row are nothing to do
     slots: Tensor  # [R] int64
     starts: Tensor  # [R] int64
     offsets: Tensor  # [R + 1] int64
@@ -81,9 +84,9 @@ def most_extend_tasks(tokens: int, rows: int, block_tokens: int, teams: int) -> 
 def list_extend_tasks(
     starts: np.ndarray, lengths: np.ndarray, shape: PagedShape, blocks: Blocks, teams: int
 ) -> np.ndarray:
-    """Tasks of the rows longer than 1, [5, N] int32: the row; which of its blocks; which piece of what the block sees;
-    positions of a piece; where it is left, if it is not the only one. Pieces of a block are left next to each other, in
-    the first 2 * teams places."""
+    """Tasks of the rows longer than 1, [6, N] int32: the row; which of its blocks; which piece of what the block sees,
+    and of how many; positions of a piece; where it is left, if it is not the only one. Pieces of a block are left next
+    to each other, in the first 2 * teams places."""
     rows, tokens = np.flatnonzero(lengths > 1), blocks.queries // shape.group
     counts = -(-lengths[rows] // tokens)
     row = np.repeat(rows, counts)
@@ -97,9 +100,9 @@ def list_extend_tasks(
     pieces = -(-spans // each)
     order = np.argsort(-each, kind="stable")
     listed = np.repeat(order, pieces[order])
-    cut = pieces[listed] > 1
-    tasks = (row[listed], block[listed], _numbered(pieces[order]), each[listed], np.where(cut, np.cumsum(cut) - 1, 0))
-    return np.stack(tasks).astype(np.int32)
+    cut, number = pieces[listed] > 1, _numbered(pieces[order])
+    places = np.where(cut, np.cumsum(cut) - 1, 0)
+    return np.stack((row[listed], block[listed], number, pieces[listed], each[listed], places)).astype(np.int32)
 
 
 def _numbered(counts: np.ndarray) -> np.ndarray:
@@ -154,7 +157,7 @@ def extend_kernel(
     TOKENS: tl.constexpr = QUERIES // GROUP
     head, task = tl.program_id(0), tasks + tl.program_id(1)
     row, block = tl.load(task).to(tl.int32), tl.load(task + count).to(tl.int32)
-    piece, each = tl.load(task + 2 * count).to(tl.int32), tl.load(task + 3 * count).to(tl.int32)
+    piece, pieces = tl.load(task + 2 * count).to(tl.int32), tl.load(task + 3 * count).to(tl.int32)
     start, offset = tl.load(starts + row).to(tl.int32), tl.load(offsets + row)
     length = (tl.load(offsets + row + 1) - offset).to(tl.int32)
     line = page_table + tl.load(slots + row) * table_stride
@@ -170,8 +173,9 @@ def extend_kernel(
     seen_from = 0
     if WINDOW > 0:
         seen_from = tl.maximum(first + 1 - WINDOW, 0) // POSITIONS * POSITIONS
+    each = tl.load(task + 4 * count).to(tl.int32)
     begin = seen_from + piece * each
-    past = tl.minimum(begin + each, end)
+    past = tl.where(piece == pieces - 1, end, tl.minimum(begin + each, end))
     clear = begin  # up to here all queries see all
     if WINDOW == 0:
         clear = tl.maximum(tl.minimum(first // POSITIONS * POSITIONS, past), begin)
@@ -181,9 +185,8 @@ def extend_kernel(
     )  # fmt: skip
     target = out + (token * out_stride + heads)[:, None] + d[None, :]
     end_task(
-        partial, maxima, arrived, target, inside, largest, total, summed, i, d, task + 4 * count, piece,
-        tl.cdiv(end - seen_from, tl.maximum(each, 1)), head, tl.minimum(TOKENS, length - block * TOKENS) * GROUP,
-        most_pieces, KV_HEADS, DIM, QUERIES,
+        partial, maxima, arrived, target, inside, largest, total, summed, i, d, task + 5 * count, piece, pieces, head,
+        tl.minimum(TOKENS, length - block * TOKENS) * GROUP, most_pieces, KV_HEADS, DIM, QUERIES,
     )  # fmt: skip
 
 

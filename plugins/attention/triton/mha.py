@@ -114,15 +114,15 @@ class TritonAttention(AttentionInto):
         rows = len(batch.slots) - 1  # the last one is always empty
         block_tokens = self._blocks.queries // self._shape.group
         tasks = kernels.most_extend_tasks(len(batch.ids), rows, block_tokens, self._teams)
-        numbers = Mirror(2 * rows + 5 * tasks, self.device)
-        positions, tokens, listed = numbers.device.split([rows, rows, 5 * tasks])
-        extend = self._extend_rows(batch, listed.view(5, tasks))
+        numbers = Mirror(2 * rows + 6 * tasks, self.device)
+        positions, tokens, listed = numbers.device.split([rows, rows, 6 * tasks])
+        extend = self._extend_rows(batch, listed.view(6, tasks))
         return Plan(batch.page_table, self._decode(batch.slots[:-1], positions, tokens), extend, numbers)
 
     def refill_prompts(self, plan: Plan, starts: np.ndarray, lengths: np.ndarray, offsets: np.ndarray) -> None:
         assert plan.numbers is not None and plan.decode is not None
         host, rows, count = plan.numbers.host(), len(plan.decode.slots), len(starts)
-        positions, tokens, listed = host[:rows], host[rows : 2 * rows], host[2 * rows :].reshape(5, -1)
+        positions, tokens, listed = host[:rows], host[rows : 2 * rows], host[2 * rows :].reshape(6, -1)
         positions[:], tokens[:count] = -1, offsets[:-1]
         positions[:count][lengths == 1] = starts[lengths == 1]
         tasks = self._list_tasks(starts, lengths)

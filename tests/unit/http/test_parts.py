@@ -208,7 +208,7 @@ def test_a_name_of_any_length_is_refused_in_short_words() -> None:
 
 def test_turns_of_one_role_become_one() -> None:
     blocks = [{"type": "thinking", "thinking": "t"}, {"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    call = {"type": "tool_use", "id": "1", "name": "f", "input": {}}
+    call = {"type": "tool_use", "id": "1", "name": "f", "input": {"of": "a\u2028b"}}
     turns = [
         {"role": "user", "content": "one"},
         {"role": "user", "content": ""},
@@ -217,7 +217,7 @@ def test_turns_of_one_role_become_one() -> None:
         {"role": "assistant", "content": [call]},
     ]
     said = conversation_of(BodyDecoder(CountBody).decode(msgspec.json.encode({"messages": turns, "system": "s"})))
-    function = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    function = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"of":"a\u2028b"}'}}
     assert list(as_written(said, text_arguments=True)) == [
         {"role": "system", "content": "s"},
         {"role": "user", "content": "one\ntwo"},

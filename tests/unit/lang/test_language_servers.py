@@ -3,7 +3,9 @@
 That our server gives what the engine in the process gives is shown beside the engine, in test_language.py.
 """
 
+import asyncio
 import base64
+import gc
 import runpy
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, redirect_stdout
@@ -182,6 +184,29 @@ async def test_a_server_that_fails_or_is_not_there() -> None:
     with pytest.raises(ConfigError, match="no server answers"):
         async with Server(url):
             pytest.fail("nobody answers")
+
+
+@pytest.mark.anyio
+async def test_a_program_that_ends_after_its_server_was_left_is_told_to_nobody() -> None:
+    """One that runs by itself may, as `run(stream=True)` begins it."""
+    left, lost = anyio.Event(), []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: lost.append(context["message"]))
+
+    @function
+    async def program(s: State) -> None:
+        await left.wait()
+
+    front = FakeFront()
+    async with serving(front) as url:
+        async with Server(url) as server:
+            running = asyncio.create_task(program.run_async(backend=server))
+            await anyio.lowlevel.checkpoint()
+        left.set()
+        await running
+        del server, running
+        await anyio.wait_all_tasks_blocked()
+    gc.collect()
+    assert (lost, front.ended) == ([], [])
 
 
 # ── tools ────────────────────────────────────────────────────────────────────────────────────

@@ -9,7 +9,7 @@ from textwrap import dedent
 
 import pytest
 
-from engine.errors import ConfigError, PluginError
+from engine.errors import ConfigError, EngineError, PluginError
 from engine.grammars import engines
 from engine.grammars.engines import grammar_engines
 from engine.plugin import Waiting, hub
@@ -18,6 +18,7 @@ from engine.plugin.hookspecs import KINDS
 from engine.plugin.registry import Plugins, resolve
 from engine.sched.policies import make_policy
 from engine.worker.choices import attention_after, attention_for, model_for, quantization_for
+from engine.worker.tiers import make_tier
 
 Distribute = Callable[..., None]
 
@@ -43,11 +44,10 @@ def register_checkpoints(register):
     register("toy", "toy_format:Toy", models={"toy-1b": "a toy"})
 
 class Toy:
-    name = config = text = tensors = None
-
     @classmethod
     def open(cls, model):
         opened = cls()
+        opened.name = opened.config = opened.text = opened.tensors = None
         opened.model = model
         return opened if model == "toy-1b" or model.endswith(".toy") or "toyhub" in model else None
 """
@@ -334,6 +334,28 @@ def test_code_that_is_not_as_its_kind_names_the_plugin(distribute: Distribute, k
     assert str(caught.value).endswith(said)
 
 
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("Checkpoint = type('Checkpoint', (), {})", "lacks open, name, config, text, tensors, which Checkpoint has"),
+        ("Checkpoint = type('Checkpoint', (), {'open': lambda _: 1})", "lacks open, name, config, text, tensors"),
+        ("Checkpoint = type('Checkpoint', (), {'open': lambda _: None})", "does not exist"),
+    ],
+)
+def test_what_a_checkpoint_format_opens_is_checked(distribute: Distribute, code: str, says: str) -> None:
+    """And not the class, which may hand on what another opens (as the toy's objects, which get their methods late)."""
+    manifest = """
+    from engine.plugin import hookimpl
+
+    @hookimpl
+    def register_checkpoints(register):
+        register("mine", "odd_code:Checkpoint")
+    """
+    distribute("odd", {"odd": "odd_manifest"}, odd_manifest=manifest, odd_code=code)
+    with pytest.raises(EngineError, match=says):
+        open_checkpoint(Plugins.load(["odd"]), "nowhere/at/all")
+
+
 def test_a_policy_without_its_methods_does_not_start(distribute: Distribute) -> None:
     distribute("odd", {"odd": "odd_manifest"}, odd_manifest=MISMADE, odd_code=CODE)
     with pytest.raises(PluginError) as caught:
@@ -342,6 +364,44 @@ def test_a_policy_without_its_methods_does_not_start(distribute: Distribute) -> 
         str(caught.value)
         == "'mine' of odd 1.2: odd_code:Policy lacks order, needs_match, which Policy has; docs/plugins.md says more"
     )
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("Pool", ""),
+        ("Empty", "lacks memory, which Pool has; docs/plugins.md says more"),
+        ("make", "missing a required argument: 'pages'"),
+    ],
+)
+def test_a_pool_is_made_of_what_it_is_told(distribute: Distribute, target: str, says: str) -> None:
+    """Whatever its target is: what is in C need not say what it takes, and a partial call has no name."""
+    manifest = f"""
+    from engine.plugin import hookimpl
+
+    @hookimpl
+    def register_tiers(register):
+        register("mine", "odd_code:{target}", kind="pool")
+    """
+    code = """
+    from functools import partial
+
+    class Empty(dict):
+        pass
+
+    class Pool(dict):
+        memory = None
+
+    make = partial(lambda pages, **about: None)
+    """
+    distribute("odd", {"odd": "odd_manifest"}, odd_manifest=manifest, odd_code=code)
+    plugins = Plugins.load(["odd"])
+    if not says:
+        assert make_tier(plugins, "pool", "--kv-host", capacity_bytes=1) == {"capacity_bytes": 1}
+        return
+    with pytest.raises(PluginError) as caught:
+        make_tier(plugins, "pool", "--kv-host", capacity_bytes=1)
+    assert "'mine' of odd 1.2: odd_code:" in str(caught.value) and str(caught.value).endswith(says)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("grammars", "routes", "commands")])
