@@ -33,6 +33,7 @@ from engine.plugin.testing import (
     check_grammar,
     check_latent_attention,
     check_model,
+    check_store,
     check_tool_parser,
 )
 
@@ -179,6 +180,10 @@ def test_the_processor_of_media(folder: Path) -> None:
 
 def test_the_parser(folder: Path) -> None:
     check_tool_parser(target_of(folder, "parsers"))
+
+
+def test_the_store(folder: Path) -> None:
+    check_store(target_of(folder, "tiers"), "any")
 
 
 def test_the_grammar_engine(folder: Path) -> None:
