@@ -22,6 +22,9 @@
     def test_store(tmp_path):
         check_store(MyStore, str(tmp_path), lasting=True)  # or check_pool
 
+    def test_processor():
+        check_processor(MyProcessor, config, processor_config, image=IMAGE_ID, encode=encode)
+
 Each raises AssertionError with the numbers. Imports torch. Left out: speed.
 """
 
@@ -47,6 +50,7 @@ from engine.testing.grammars import (
 from engine.testing.models import MODEL_SCENARIOS, ModelHarness, check_model
 from engine.testing.parsers import check_any_split, check_reasoning_parser, check_tool_parser
 from engine.testing.pools import check_pool
+from engine.testing.processors import check_processor
 from engine.testing.stores import check_store
 
 __all__ = [
@@ -66,6 +70,7 @@ __all__ = [
     "check_latent_attention",
     "check_model",
     "check_pool",
+    "check_processor",
     "check_reasoning_parser",
     "check_store",
     "check_together",

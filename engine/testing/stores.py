@@ -123,7 +123,7 @@ def check_store(
         with opened({**MANIFEST, "model": "b"}) as unlike:
             unlike.holds(FEW, "to a store of another manifest", wanted=False)
         store.holds(FEW, "after a store of another manifest was opened and closed")
-    with opened(dict(reversed(MANIFEST.items()))) as later:
+    with opened(dict(sorted(MANIFEST.items()))) as later:  # in another order
         if lasting:
             later.holds(FEW, "in a store that is opened later with the same manifest")
         later.get(FEW)

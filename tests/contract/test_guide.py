@@ -33,6 +33,7 @@ from engine.plugin.testing import (
     check_grammar,
     check_latent_attention,
     check_model,
+    check_processor,
     check_store,
     check_tool_parser,
 )
@@ -169,6 +170,7 @@ def test_the_checkpoint_format_opens_its_name(folder: Path) -> None:
 
 
 def test_the_processor_of_media(folder: Path) -> None:
+    check_processor(target_of(folder, "media"), {}, {}, image=7)
     processor = target_of(folder, "media")(Terms(), Terms())
     medium = processor.prepare(Frames(np.arange(48, dtype=np.uint8).reshape(1, 4, 4, 3), (), b"source"))
     pixels = unpacked(medium.payload)
