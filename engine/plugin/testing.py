@@ -25,6 +25,9 @@
     def test_processor():
         check_processor(MyProcessor, config, processor_config, image=IMAGE_ID, encode=encode)
 
+    def test_quantization():
+        check_scheme(MyScheme(None))
+
 Each raises AssertionError with the numbers. Imports torch. Left out: speed.
 """
 
@@ -51,6 +54,7 @@ from engine.testing.models import MODEL_SCENARIOS, ModelHarness, check_model
 from engine.testing.parsers import check_any_split, check_reasoning_parser, check_tool_parser
 from engine.testing.pools import check_pool
 from engine.testing.processors import check_processor
+from engine.testing.schemes import check_scheme
 from engine.testing.stores import check_store
 
 __all__ = [
@@ -72,6 +76,7 @@ __all__ = [
     "check_pool",
     "check_processor",
     "check_reasoning_parser",
+    "check_scheme",
     "check_store",
     "check_together",
     "check_tool_parser",

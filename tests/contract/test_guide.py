@@ -34,6 +34,7 @@ from engine.plugin.testing import (
     check_latent_attention,
     check_model,
     check_processor,
+    check_scheme,
     check_store,
     check_tool_parser,
 )
@@ -154,6 +155,7 @@ def test_the_latent_attention_backend(folder: Path, case: Any) -> None:
 
 def test_the_quantization(folder: Path) -> None:
     scheme = target_of(folder, "quantization")(None)
+    check_scheme(scheme, experts=False, error=0.02)
     stored = weights()
     for name in stored:
         if "_proj" in name:
