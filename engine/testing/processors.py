@@ -3,7 +3,8 @@
 def test_my_processor():
     check_processor(MyProcessor, config, processor_config, image=IMAGE_ID, encode=tokenizer_encode)
 
-Left out: whether pixels are those that the model was trained with, for which one compares with its own processor.
+Left out: whether pixels and positions are those that the model was trained with, for which one compares with its own
+processor.
 """
 
 import hashlib
@@ -111,10 +112,11 @@ def check_processor(
         )
         prepared += [] if medium is None else [medium]
     _check_digests(prepared)
-    full, coarse = (asked.prepare(frames) for frames in list(_pictures(*USUAL[0]))[:2])
-    assert full is not None and coarse is not None and coarse.tokens <= full.tokens, (
-        f"a picture takes {full and full.tokens} tokens, and more where it is coarse: {coarse and coarse.tokens}"
-    )
+    for size in (*USUAL, *ODD):
+        full, coarse, _ = map(asked.prepare, _pictures(*size))
+        assert full is None or coarse is None or coarse.tokens <= full.tokens, (
+            f"a picture of {size} takes {full.tokens} tokens, and {coarse.tokens} where it is coarse"
+        )
     _check_places(asked, prepared, {"image": image, "video": video})
     if tower is not None:
         _check_tower(tower, prepared)

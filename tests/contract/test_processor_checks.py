@@ -107,6 +107,13 @@ class Drifting(Right):
         return replace(super().prepare(frames), interval=float(self.calls))
 
 
+class Generous(Right):
+    """To coarse pictures."""
+
+    def prepare(self, frames: Frames, /) -> Prepared:
+        return super().prepare(replace(frames, coarse=not frames.coarse))
+
+
 class Painting(Right):
     def prepare(self, frames: Frames, /) -> Prepared:
         frames.pixels[0, 0, 0, 0] ^= 1
@@ -179,6 +186,7 @@ class Short(Reversed):
     [
         (Careless, "two media with different pixels, grids or tokens have the digest"),
         (Drifting, "prepare of .1, 224, 224, 3. differs from one call to the next"),
+        (Generous, "a picture of .224, 224. takes 1 tokens, and 7 where it is coarse"),
         (Painting, "prepare of .1, 224, 224, 3. writes into the frames"),
         (Rigid, "prepare of .1, 1, 1, 3. raises ValueError: an odd height; only RequestError refuses"),
         (Cut, "has 10 bytes of pixels of .1, 2, 2, 3.: 12"),

@@ -19,12 +19,8 @@ from engine_plugins.tiers.host import HostMemory
 PATIENT = {"patience": 30.0, "refresh": 0.0, "pause": 0.0}
 
 
-def test_the_disk(tmp_path: Path) -> None:
-    check_store(partial(DiskStore, **PATIENT), str(tmp_path), lasting=True)
-
-
-@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, errno.EROFS])
-def test_a_disk_that_begins_to_fail(tmp_path: Path, error: int) -> None:
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])
+def test_the_disk_which_fails_in_the_end(tmp_path: Path, error: int) -> None:
     files = FaultyFiles()
 
     def fails() -> None:
