@@ -40,7 +40,7 @@ def of_tensors(weight: Tensor) -> dict[str, Tensor]:
     [
         (None, {"unit": 64}),
         (None, {"unit": 40}),
-        (BLOCKS, {"stored": of_blocks}),
+        (BLOCKS, {"stored": of_blocks, "unit": 64}),
         (ROWS, {"stored": of_rows, "unit": 40}),
         (ROWS, {"stored": of_tensors, "unit": 40}),
     ],
