@@ -1,4 +1,4 @@
-"""Contract checks that the built-in attention backends, models and grammar engines pass, for authors to run.
+"""Contract checks that the built-in plugins pass, for authors to run.
 
     @pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
     def test_attention(case):
@@ -18,6 +18,15 @@
 
     def test_parser():
         check_tool_parser(MyParser)  # or check_reasoning_parser; check_any_split for replies of your own
+
+    def test_store(tmp_path):
+        check_store(MyStore, str(tmp_path), lasting=True)  # or check_pool
+
+    def test_processor():
+        check_processor(MyProcessor, config, processor_config, image=IMAGE_ID, encode=encode)
+
+    def test_quantization():
+        check_scheme(MyScheme(None))
 
 Each raises AssertionError with the numbers. Imports torch. Left out: speed.
 """
@@ -43,6 +52,10 @@ from engine.testing.grammars import (
 )
 from engine.testing.models import MODEL_SCENARIOS, ModelHarness, check_model
 from engine.testing.parsers import check_any_split, check_reasoning_parser, check_tool_parser
+from engine.testing.pools import check_pool
+from engine.testing.processors import check_processor
+from engine.testing.schemes import check_scheme
+from engine.testing.stores import check_store
 
 __all__ = [
     "ATTENTION_CASES",
@@ -60,7 +73,11 @@ __all__ = [
     "check_invalid",
     "check_latent_attention",
     "check_model",
+    "check_pool",
+    "check_processor",
     "check_reasoning_parser",
+    "check_scheme",
+    "check_store",
     "check_together",
     "check_tool_parser",
     "check_whitespace",

@@ -45,7 +45,14 @@ class Encoder:
         self.counts = {"slices_shown_total": 0, "slices_made_total": 0}  # as messages.Stats has them
 
     def check(self, request: Request, max_step_tokens: int) -> None:
-        """Raises RequestError (400) for a medium that no step could make, or whose tokens no step could compute."""
+        """Raises RequestError (400) for a medium that no step could make, or whose tokens no step could compute, and
+        for any where the model sees nothing."""
+        if request.shown and not self.budget:
+            raise RequestError(
+                "the model that is loaded reads text alone: its plugin does not say that it sees; send text",
+                param="messages",
+                code="unsupported_parameter",
+            )
         for shown in request.shown:
             if shown.tokens > self.budget:
                 raise RequestError(

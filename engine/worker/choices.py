@@ -6,7 +6,7 @@ Needs no torch, as no code of a plugin is imported here. What is named in --plug
 from collections.abc import Mapping, Sequence
 
 from engine.errors import PluginError
-from engine.plugin.hookspecs import AttentionEntry, ModelEntry, QuantizationEntry, TierEntry
+from engine.plugin.hookspecs import AttentionEntry, MediaEntry, ModelEntry, QuantizationEntry, TierEntry
 from engine.plugin.registry import Plugins
 
 
@@ -27,6 +27,21 @@ def model_for(plugins: Plugins, architectures: Sequence[str]) -> ModelEntry:
         names = " and ".join(entry.name for entry in chosen)
         raise PluginError(f"{names} all serve {' or '.join(architectures)}; name one of them in --plugins")
     return chosen[0]
+
+
+def check_sight(plugins: Plugins, model: ModelEntry, architectures: Sequence[str], sees: bool) -> None:
+    """Raises PluginError where --plugins names a processor for a `model` that does not see. A built-in one is left, so
+    that a model of its architecture may read text alone: requests are told."""
+    for entry in plugins.entries("media").values():
+        assert isinstance(entry, MediaEntry)
+        named = ("media", entry.name) in plugins.named
+        if named and not sees and set(entry.architectures) & set(architectures):
+            theirs, its = (plugins.sources[key] for key in (("media", entry.name), ("models", model.name)))
+            raise PluginError(
+                f"{entry.name!r} of {theirs} prepares media for {' or '.join(architectures)}, and the model "
+                f"{model.name!r} of {its} does not take them; give the model encode and sees = True, or leave "
+                f"{entry.name!r} out"
+            )
 
 
 def _may_be_named(plugins: Plugins) -> str:

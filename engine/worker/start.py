@@ -28,7 +28,7 @@ from engine.plugin.terms import LONGEST, Terms, language_terms
 from engine.runtime.processors import cores
 from engine.runtime.tiers import tier_sizes
 from engine.worker.backends import Backends, quantization
-from engine.worker.choices import model_for
+from engine.worker.choices import check_sight, model_for
 from engine.worker.compiles import tell_of_compiles
 from engine.worker.experts import routers_of
 from engine.worker.memory import allocate, available_memory, choose_max_model_len, count_pages, state_bytes
@@ -287,13 +287,16 @@ def readiness(
 
 
 def make_model(plugins: Plugins, terms: Terms, build: Build) -> Model:
-    """The model that config.json names, its weights not filled. ConfigError for what its plugin misses there."""
-    entry = model_for(plugins, terms.words("architectures"))
+    """The model that config.json names, its weights not filled. ConfigError for what its plugin misses there, and
+    PluginError where another prepares media that the model does not take."""
+    architectures = terms.words("architectures")
+    entry = model_for(plugins, architectures)
     model_class = plugins.code("models", entry.name)
     try:
         model: Model = model_class(terms, build).eval()
     except KeyError as error:
         raise ConfigError(f"the model's configuration has no {error}, which the {entry.name} model needs") from None
+    check_sight(plugins, entry, architectures, model.sees)
     return model
 
 

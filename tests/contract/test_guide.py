@@ -33,6 +33,9 @@ from engine.plugin.testing import (
     check_grammar,
     check_latent_attention,
     check_model,
+    check_processor,
+    check_scheme,
+    check_store,
     check_tool_parser,
 )
 
@@ -159,6 +162,7 @@ def test_the_latent_attention_backend(folder: Path, case: Any) -> None:
 
 def test_the_quantization(folder: Path) -> None:
     scheme = target_of(folder, "quantization")(None)
+    check_scheme(scheme, experts=False, error=0.02)
     stored = weights()
     for name in stored:
         if "_proj" in name:
@@ -175,6 +179,7 @@ def test_the_checkpoint_format_opens_its_name(folder: Path) -> None:
 
 
 def test_the_processor_of_media(folder: Path) -> None:
+    check_processor(target_of(folder, "media"), {}, {}, image=7)
     processor = target_of(folder, "media")(Terms(), Terms())
     medium = processor.prepare(Frames(np.arange(48, dtype=np.uint8).reshape(1, 4, 4, 3), (), b"source"))
     pixels = unpacked(medium.payload)
@@ -186,6 +191,10 @@ def test_the_processor_of_media(folder: Path) -> None:
 
 def test_the_parser(folder: Path) -> None:
     check_tool_parser(target_of(folder, "parsers"))
+
+
+def test_the_store(folder: Path) -> None:
+    check_store(target_of(folder, "tiers"), "any")
 
 
 def test_the_grammar_engine(folder: Path) -> None:

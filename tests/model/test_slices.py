@@ -37,6 +37,7 @@ from engine.media.frames import Frames
 from engine.messages.assets import Bound
 from engine.messages.media import MEDIA, MediaUse, Prepared, media_use, slices_of
 from engine.plugin import Terms
+from engine.plugin.testing import check_processor
 from engine_plugins.media.gemma3 import Gemma3 as ProcessorGemma
 from engine_plugins.media.llava_onevision import LlavaOnevision as ProcessorLlava
 from engine_plugins.media.qwen2_5_vl import Qwen25VL as Processor25
@@ -52,6 +53,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], type[Any], type[Any]]] = {
 }
 SIZE = {"size": {"shortest_edge": 64, "longest_edge": 1 << 16}}
 PROCESSORS = {"image_processor": SIZE, "video_processor": {**SIZE, "cap_pixels_per_frame": False}}
+FEW_PIXELS = {name: {"size": {"shortest_edge": 64, "longest_edge": 1 << 12}} for name in PROCESSORS}
 SCENES = picture(1, 32, 24, frames=12, fps=2.0).pixels  # of which clips are made, in the size that they are seen in
 
 
@@ -107,6 +109,14 @@ def test_slices_that_are_encoded_apart_are_transformers_whole_clip(family: Any) 
     back = family.seen.model.encode(mixed)[:0:-1]
     torch.testing.assert_close(torch.cat(back), wanted, atol=2e-4, rtol=0)
     assert wanted.abs().max() > 1.0
+
+
+@torch.inference_mode()
+def test_as_many_embeddings_are_made_as_the_processor_says(family: Any) -> None:
+    config, described = family.theirs.config.to_dict(), {} if family.name == "llava" else FEW_PIXELS
+    places: dict[str, Any] = {"image": IMAGE, "video": VIDEO}
+    places |= {"encode": lambda text: [ord(letter) % 80 for letter in text], "tower": family.seen.model.encode}
+    check_processor(type(family.seen.processor), config, described, **places)
 
 
 def test_a_slice_that_is_dropped_frees_its_memory(family: Any) -> None:

@@ -223,6 +223,14 @@ def test_who_asks_for_more_than_a_step_makes_is_refused_with_both_numbers() -> N
     scheduler.admit(*admitted("a", [7], whole=False))
 
 
+def test_a_model_that_sees_nothing_names_no_option_that_would_not_help() -> None:
+    with pytest.raises(
+        RequestError, match="reads text alone: its plugin does not say that it sees; send text"
+    ) as caught:
+        Run(Encoder()).scheduler.admit(*admitted("a", [5, 1], whole=False))
+    assert caught.value.code == "unsupported_parameter"
+
+
 def test_another_device_holds_nothing() -> None:
     run = Run(Encoder(6, 20), depth=1)
     run.scheduler.admit(*admitted("a", [1, 7, 2], whole=False, max_new=9))

@@ -12,6 +12,7 @@ from test_dummy import TERMS
 from torch import Tensor
 
 from engine.config import resolve
+from engine.errors import PluginError
 from engine.messages.control import Boot
 from engine.messages.media import Pixels
 from engine.worker import memory, start
@@ -126,3 +127,29 @@ def test_pages_leave_room_for_what_steps_take(monkeypatch: pytest.MonkeyPatch, t
         runner, ready = start.start(Boot(resolve(options, {})), 0.0)
         pages.append(ready.pages)
     assert (pages[0] - pages[1]) * runner.model.kv_spec().page_bytes == 100 * MIB
+
+
+BLIND = """
+from engine.plugin import hookimpl
+
+API = 1
+
+@hookimpl
+def register_media(register):
+    register("eyes", "eyes:Eyes", architectures=("LlamaForCausalLM",))
+"""
+
+
+def test_a_processor_of_a_model_that_sees_nothing_is_refused(tmp_path: Path) -> None:
+    """Where it is named, so that a model of its architecture may still read text alone beside a built-in one."""
+    (tmp_path / "config.json").write_text(json.dumps(TERMS))
+    (tmp_path / "eyes.py").write_text(BLIND)
+    options = {"model": str(tmp_path), "load": "dummy", "device": "cpu", "threads": 1, "kv_tokens": 64}
+    start.start(Boot(resolve(options, {})), 0.0)
+    with pytest.raises(PluginError) as caught:
+        start.start(Boot(resolve({**options, "plugins": [f"{tmp_path}/eyes.py"]}, {})), 0.0)
+    told = str(caught.value)
+    assert told.startswith(
+        f"'eyes' of {tmp_path}/eyes.py prepares media for LlamaForCausalLM, and the model 'llama' of "
+    )
+    assert told.endswith("does not take them; give the model encode and sees = True, or leave 'eyes' out")
