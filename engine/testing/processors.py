@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from engine.conversation.media import Encode, MediaProcessor, Placed, needs_of
-from engine.errors import RequestError
+from engine.errors import RequestError, counted
 from engine.media.frames import Frames
 from engine.messages.media import Pixels, Prepared, slices_of, unpacked
 from engine.plugin.terms import Terms
@@ -63,7 +63,9 @@ class _Asked:
         for each in slices_of(medium):
             pixels = unpacked(each.payload)
             size = int(np.prod(pixels.shape))
-            assert len(pixels.data) == size, f"{where} has {len(pixels.data)} bytes of pixels of {pixels.shape}: {size}"
+            assert len(pixels.data) == size, (
+                f"{where} has {counted(len(pixels.data), 'byte')} of pixels of {pixels.shape}: {size}"
+            )
             assert len(pixels.mean) == len(pixels.std) and all(pixels.std), (
                 f"{where} is normalised with the mean {pixels.mean} and the deviation {pixels.std}"
             )
@@ -185,7 +187,9 @@ def _check_placed(placed: Placed, media: Sequence[Prepared]) -> list[list[int]]:
         assert len(set(placed.ids[begin : begin + count])) == 1, f"the ids of the span {(begin, count)} differ"
     key_at = {start + at: key for start, run in placed.runs for at, key in enumerate(run)}
     shown = [at for begin, count in spans for at in range(begin, begin + count)]
-    assert sorted(key_at) == shown, f"runs have keys for {len(key_at)} tokens, and spans have {len(shown)} tokens"
+    assert sorted(key_at) == shown, (
+        f"runs have keys for {counted(len(key_at), 'token')}, and spans have {counted(len(shown), 'token')}"
+    )
     assert all(-(1 << 31) <= key < 0 for key in key_at.values()), "keys of media are negative numbers of 32 bits"
     text = np.setdiff1d(np.arange(len(placed.ids)), shown)
     time, height, width = _positions(placed)[:, text]

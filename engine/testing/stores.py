@@ -16,7 +16,7 @@ from threading import Barrier
 
 import numpy as np
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, counted
 from engine.plugin.tiers import KEY_BYTES, BuildTier, Held, Manifest, Store
 
 MANIFEST: Manifest = {"model": "a", "dtype": "bfloat16", "page_size": 16, "place": [0, 1]}
@@ -52,7 +52,9 @@ class _Asked:
             wrong = np.count_nonzero(
                 np.frombuffer(place, np.uint8) != np.frombuffer(_page(number, len(place)), np.uint8)
             )
-            assert not (here and wrong), f"get gives page {number}, and {wrong} of {len(place)} bytes are not as put"
+            assert not (here and wrong), (
+                f"get gives page {number}, and {wrong} of {counted(len(place), 'byte')} are not as put"
+            )
         for at in range(len(numbers)):
             end = (at + 1) * stride
             assert memory[end - GUARD : end] == b"\xa5" * GUARD, f"get of page {at} writes behind its place"
@@ -86,7 +88,7 @@ class _Asked:
         """It has and gives all of these pages; none of them where that is `wanted` to be False."""
         for name, found in (("has", self.has(numbers)), ("get", self.get(numbers))):
             count = found.count(not wanted)
-            assert not count, f"{where}, {name} is {not wanted} for {count} of {len(numbers)} pages"
+            assert not count, f"{where}, {name} is {not wanted} for {count} of {counted(len(numbers), 'page')}"
 
 
 def check_store(
@@ -149,7 +151,7 @@ def _check_one(store: _Asked) -> None:
     before = store.held()
     assert not before.pages, f"held() says {before.pages} pages before anything is put; take an argument of its own"
     kept = store.put(FEW)
-    assert all(kept), f"put keeps {sum(kept)} of {len(kept)} pages, though there is room"
+    assert all(kept), f"put keeps {sum(kept)} of {counted(len(kept), 'page')}, though there is room"
     store.holds(FEW, "after put")
     assert all(store.put(FEW)), "put is False for pages that are kept already"
     held = store.held()
@@ -179,7 +181,7 @@ def _check_bound(store: _Asked, capacity_bytes: int) -> None:
         assert not fallen, f"counts of held() only grow, and these fell: {fallen}"
         counts = held.counts
     given, room = sum(store.get(many)), capacity_bytes // store.page_bytes
-    assert 0 < given <= room, f"of {len(many)} pages, {given} are given, and there is room for {room}"
+    assert 0 < given <= room, f"of {counted(len(many), 'page')}, {given} are given, and there is room for {room}"
 
 
 def _check_threads(store: _Asked) -> None:

@@ -173,7 +173,7 @@ class Wide(Right):
     [
         (Borrows, "get gives page 0, and 99.. of 10000 bytes are not as put"),
         (Boundless, "of 312 pages, 31. are given, and there is room for 104"),
-        (Undropped, "after drop, has is True for 1 of 1 pages"),
+        (Undropped, "after drop, has is True for 1 of 1 page"),
         (Fussy, "drop raises KeyError: .*; a store answers instead"),
         (OneScratch, "get gives page .*, and .* of 10000 bytes are not as put"),
         (Shared, "to a store of another manifest, has is True for 4 of 4 pages"),
