@@ -4,7 +4,6 @@ A body is one msgspec struct. A field that the struct lacks is refused by name; 
 the engine does not act on has a rule in the struct's `rules` (fields.py): it is a hint, or it is refused.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
@@ -174,7 +173,7 @@ def _invalid(kind: type[Body], said: str, data: bytes = b"") -> RequestError:
         elif reason.startswith("Expected ") and len(data) <= MOST_TOLD:
             given = _value_at(data, path)
             if isinstance(given, str | int | float):
-                reason += f"{'' if ', got ' in reason else ', got'} {shortened(json.dumps(given, ensure_ascii=False))}"
+                reason += f"{'' if ', got ' in reason else ', got'} {shortened(ENCODER.encode(given).decode())}"
         message = f"{path or 'the request body'}: {reason[:1].lower()}{shortened(reason[1:], 300)}; {remedy}"
         return RequestError(message, param=path or None)
     name = shortened(unknown.removesuffix("`"))
