@@ -24,6 +24,8 @@ OLD = 0.9  # how much the times of steps before count
 # How long a request waits for a store, beside what it takes to read: as HiCache does.
 FETCH_SECONDS = 2.0
 FETCH_SECONDS_A_BYTE = 0.1 / 4096  # of ids, four a token
+# Of TierCounts, what is added up over the copies.
+COUNTED = ("down", "kept", "fetched", "from_device", "from_host", "from_store", "refused", "failed", "computed")
 
 
 def patience(admit: Admit) -> float:
@@ -181,13 +183,7 @@ class Moves:
         tiers = list(self.tiers)
         counts = [each.counts for each in tiers]
         ceiling = tiers[0].ceiling  # that of all
-        total = {
-            name: sum(getattr(each, name) for each in counts)
-            for name in (
-                *("down", "kept", "fetched", "from_device", "from_host", "from_store", "refused", "failed"),
-                "computed",
-            )
-        }
+        total = {name: sum(getattr(each, name) for each in counts) for name in COUNTED}
         return TierStats(
             host_pages=sum(each.options.host for each in tiers),
             host_used=sum(len(each.host) for each in tiers),
