@@ -49,6 +49,7 @@ from msgspec import Struct, to_builtins
 from bench.lib.copying import drop_page_cache, file_system, from_disk_rate, from_host_rate
 from bench.lib.figures import shown
 from engine import AsyncEngine, SamplingParams
+from engine.errors import counted
 from engine.messages.control import Stats, TierStats
 from engine.options.sizes import read_size, show_size
 from engine.sched.moves import FETCH_SECONDS, FETCH_SECONDS_A_BYTE
@@ -204,7 +205,6 @@ class Bench:
         self.vocabulary = self.page = 0  # of the model: tokens, and bytes a token
         self._engines: dict[str, AsyncEngine] = {}
         self._bus = 0.0
-        self._never: dict[AsyncEngine, int] = {}  # pages that came down, and the disk never gets
 
     def say(self, *arguments: Any, **options: Any) -> None:
         figure = Figure(*arguments, **options)
@@ -247,17 +247,17 @@ class Bench:
             yield engine
 
     async def caught_up(self, engine: AsyncEngine) -> None:
-        """Until the disk has all that came down, or has long taken nothing: conversations come over hours, not at
-        once. What it did not take by then is not waited for again."""
+        """Until the disk has all that came down, or has taken nothing for long: conversations come over hours, not at
+        once."""
         if self.store is None or engine is self._engines.get("host"):
             return
-        last, since = -1, time.perf_counter()
-        while (stats := await stats_of(engine)).down - stats.kept > self._never.get(engine, 0):
-            if stats.kept > last:
-                last, since = stats.kept, time.perf_counter()
+        least, since = -1, time.perf_counter()
+        while (stats := await stats_of(engine)).to_keep:
+            if least < 0 or stats.to_keep < least:
+                least, since = stats.to_keep, time.perf_counter()
             elif time.perf_counter() - since > self.scale.patience:
-                self._never[engine] = missing = stats.down - stats.kept
-                print(f"the disk lacks {missing} of {stats.down} pages, and takes none: {stats.stores}", flush=True)
+                print(f"the disk lacks {counted(least, 'page')}, and takes none: {stats.stores}", flush=True)
+                return
 
     async def crowd_out(self, engine: AsyncEngine, tokens: int, seed: int) -> None:
         """Texts that nobody asks for again, so many tokens of them, push out what was there."""

@@ -43,6 +43,11 @@ class Fetching:
         self._sent: dict[int, Piece] = {}
         self._spans: dict[int, list[int]] = {}  # the pieces of each that are not over
 
+    @property
+    def busy(self) -> bool:
+        """Whether a piece is under way."""
+        return bool(self._sent)
+
     def wait(self, pieces: dict[int, Sequence[bytes]]) -> None:
         """Pages of a request, by the numbers of their moves, wait for their turn."""
         span = min(pieces)

@@ -8,8 +8,10 @@ What a store refuses is offered again after a pause, so a page that came down wh
 the disk is writable. A store that takes nothing of a move is offered nothing for that long, and the pause doubles each
 time: a disk that stays full costs two moves a pause. Other stores never take some pages: so a page is offered
 MOST_OFFERS times. A page that waits for its offer is awaited, and gives way in the host after others that the device
-has too (host.py): if it does, it is offered when it comes down again. Left out: other pages that leave the host before
-the store has them.
+has too (host.py): if it does, it is offered when it comes down again.
+
+A store that is read from is offered little meanwhile: requests wait for what is read, and for what is kept nobody does.
+Left out: other pages that leave the host before the store has them.
 """
 
 from collections import OrderedDict
@@ -21,6 +23,8 @@ AT_ONCE = 32  # pages in one move
 MOVES = 2  # under way
 LEAST_PAUSE, MOST_PAUSE = 15.0, 300.0  # seconds
 MOST_OFFERS = 8
+# Beside reading, pages are kept once so many wait as are this part of the host, or the last ones were so long ago.
+LATE_SHARE, LATE_SECONDS = 8, 5.0
 
 
 class Keeping:
@@ -31,7 +35,8 @@ class Keeping:
         self._most = most
         self._pending: OrderedDict[bytes, Place] = OrderedDict()
         self._refused: dict[bytes, Place] = {}
-        self._moves = 0  # under way
+        self._moves = self._going = 0  # under way, and their pages
+        self._began = 0.0  # the last of them
         self._shut = False  # the last move was refused as a whole
         self._pause = LEAST_PAUSE
         self._until = 0.0
@@ -54,14 +59,22 @@ class Keeping:
         """Whether `due` has something to give."""
         return bool(self._refused or self._pending) and not self.paused
 
-    def due(self) -> list[list[Place]]:
-        """Moves to begin now, and the pages of each, which count as stored from now on."""
+    @property
+    def lag(self) -> int:
+        """Pages that the store has not taken yet; some of those that wait may have left the host."""
+        return len(self._pending) + len(self._refused) + self._going
+
+    def due(self, *, reading: bool = False) -> list[list[Place]]:
+        """Moves to begin now, and the pages of each, which count as stored from now on. `reading`: the store is."""
         if not self.paused:
             for place in self._refused.values():
                 if place.known:  # else another may have its name by now
                     self.want(place)
             self._refused.clear()
         elif self._shut:
+            return []
+        few = LATE_SHARE * len(self._pending) < self._most
+        if reading and few and self.now - self._began < LATE_SECONDS:
             return []
         moves = []
         while self._pending and self._moves < MOVES:
@@ -73,13 +86,13 @@ class Keeping:
                     place.stored = True
                     places.append(place)
             if places:
-                self._moves += 1
+                self._moves, self._going, self._began = self._moves + 1, self._going + len(places), self.now
                 moves.append(places)
         return moves
 
     def kept(self, places: Sequence[Place], done: Sequence[bool]) -> None:
         """A move is over, of these pages; those are kept that are `done`."""
-        self._moves -= 1
+        self.dropped(places)
         for place, is_kept in zip(places, done, strict=True):
             if not is_kept:
                 place.stored = False
@@ -92,9 +105,9 @@ class Keeping:
             self._until = self.now + self._pause
             self._pause = min(2 * self._pause, MOST_PAUSE)
 
-    def dropped(self) -> None:
-        """A move of before `clear` is over: whether the store has taken its pages says nothing."""
-        self._moves -= 1
+    def dropped(self, places: Sequence[Place]) -> None:
+        """A move is over, of these pages. If it is of before `clear`, whether the store has taken them says nothing."""
+        self._moves, self._going = self._moves - 1, self._going - len(places)
 
     def clear(self) -> None:
         """Nothing is to be kept of what is there now."""

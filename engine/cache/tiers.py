@@ -86,7 +86,7 @@ class Tiers:
         if self.clearing.due:
             self.clearing.sent(self._send(Ticket("clear"), self._after))
         if self.options.stores and not self.clearing.wanted:
-            for places in self.keeping.due():
+            for places in self.keeping.due(reading=self.fetching.busy):
                 for place in places:
                     place.pins += 1
                 self._send(Ticket("keep", places), self._after)
@@ -273,7 +273,7 @@ class Tiers:
 
     def _kept(self, ticket: Ticket, done: Sequence[bool]) -> None:
         if ticket.stale:
-            self.keeping.dropped()
+            self.keeping.dropped(ticket.places)
         else:
             self.keeping.kept(ticket.places, done)
         self.host.unpin(ticket.places)

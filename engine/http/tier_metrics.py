@@ -36,6 +36,8 @@ def tiers_of(stats: Stats, info: WorkerReady | None) -> Iterator[Metric]:
     yield CounterMetricFamily("engine_tier_pages_failed", text, tiers.failed)
     text = "Pages that a store had, and that were computed because that was sooner"
     yield CounterMetricFamily("engine_tier_pages_computed", text, tiers.computed)
+    text = "Pages of the host tier that a store is still to be given"
+    yield GaugeMetricFamily("engine_tier_pages_to_keep", text, tiers.to_keep)
     stores = CounterMetricFamily("engine_tier_store", "What the store of KV pages counts itself", labels=["what"])
     for name, count in tiers.stores.items():
         stores.add_metric([name], count)

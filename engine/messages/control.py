@@ -192,8 +192,8 @@ class TierStats(Part, frozen=True):
     found no room below, and `failed` were computed again. A store had others that were `computed`, because that was
     sooner. To fetch and to bring up took `seconds_up`. Of the `asked_total` pages of prompts that came, a cache without
     end would have had the share `ceiling`. All that the tiers gave would have taken about `seconds_saved` to compute.
-    `stores` is what the stores count, by their names for it. One that is `uncleared` has not forgotten yet what a flush
-    was to clear, and gives nothing until then."""
+    `stores` is what the stores count, by their names for it; of pages that came down, they lack `to_keep`. One that is
+    `uncleared` has not forgotten yet what a flush was to clear, and gives nothing until then."""
 
     host_pages: int
     host_used: int
@@ -214,6 +214,7 @@ class TierStats(Part, frozen=True):
     uncleared: bool = False
     computed: int = 0
     from_device: int = 0
+    to_keep: int = 0
 
 
 class Stats(Message, frozen=True):

@@ -195,5 +195,6 @@ class Moves:
             seconds_saved=self._saved,
             stores=reduce(summed, (each.stores for each in counts)),
             uncleared=any(each.clearing.wanted for each in tiers),
+            to_keep=sum(each.keeping.lag for each in tiers),
             **total,
         )

@@ -13,7 +13,7 @@ from engine.cache.ceiling import Ceiling
 from engine.cache.device import DevicePages
 from engine.cache.doubles import Doubles
 from engine.cache.host import HostPages
-from engine.cache.keeping import Keeping
+from engine.cache.keeping import LATE_SECONDS, Keeping
 from engine.cache.names import PageNames
 from engine.cache.place import Place
 
@@ -394,6 +394,23 @@ def test_what_a_store_refuses_is_offered_again_after_a_pause_which_doubles():
     assert times == [0, 15, 45, 105, 225, 465, 765, 1065]  # MOST_OFFERS of them
     keeping.want(places[0])
     assert keeping.due() == []
+
+
+def test_while_a_store_is_read_from_it_is_given_little():
+    keeping, places = Keeping(810), pages_there(200)
+    for place in places[:100]:
+        keeping.want(place)
+    assert keeping.due(reading=True) == [] and keeping.waits and keeping.lag == 100
+    keeping.now = LATE_SECONDS  # the last ones were so long ago
+    (one, two) = keeping.due(reading=True)
+    assert one + two == places[:64] and keeping.lag == 100
+    keeping.kept(one, [True] * 32)
+    assert keeping.due(reading=True) == [] and keeping.lag == 68
+    assert keeping.due() == [places[64:96]] and keeping.lag == 68
+    for place in places[100:]:
+        keeping.want(place)
+    keeping.kept(two, [True] * 32)
+    assert keeping.due(reading=True) == [places[96:128]]  # an eighth of the host waits
 
 
 def test_a_store_that_takes_nothing_is_offered_nothing_new_and_one_that_takes_some_is():

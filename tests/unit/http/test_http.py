@@ -339,6 +339,7 @@ async def test_metrics_of_tiers() -> None:
             host_pages=100, host_used=60, store_pages=7, store_bytes=900, down=50, kept=7, fetched=3, from_device=8,
             from_host=20, from_store=2, refused=4, failed=1, asked_total=80, ceiling=0.5, seconds_saved=1.5,
             stores={"pages_written": 7, "corrupt": 1}, uncleared=True, computed=9,
+            to_keep=6,
         )  # fmt: skip
         front.stats = Stats("ready", tiers=tiers)
         size = front.info.page_size
@@ -354,6 +355,7 @@ async def test_metrics_of_tiers() -> None:
             "engine_tier_pages_refused_total": [({}, 4)],
             "engine_tier_pages_failed_total": [({}, 1)],
             "engine_tier_pages_computed_total": [({}, 9)],
+            "engine_tier_pages_to_keep": [({}, 6)],
             "engine_tier_store_total": [({"what": "pages_written"}, 7), ({"what": "corrupt"}, 1)],
             "engine_tier_saved_seconds_total": [({}, 1.5)],
             "engine_tier_uncleared": [({}, 1)],
