@@ -56,6 +56,8 @@ class DevicePages:
 
     def used(self, names: Sequence[bytes], pages: Sequence[int]) -> None:
         """These, which begin a text, are about to be used: they do not give way next."""
+        if not self.cold:
+            return
         cold = [(name, page) for name, page in zip(names, pages, strict=False) if page in self.cold]
         self.cold.difference_update(page for _, page in cold)
         self._host.held(name for name, page in reversed(cold) if page in self._known)

@@ -11,7 +11,7 @@ forgotten: so it comes back. Left out: pages that the device has no more (host.p
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from heapq import heappop, heappush
 from itertools import count
 
@@ -38,14 +38,16 @@ class Doubles:
         place.used = next(self._times)
         self._fresh[place.name] = place
 
-    def use(self, place: Place) -> None:
-        """It is used once more."""
-        if place.name in self._fresh:
-            place.used = next(self._times)
-            self._fresh.move_to_end(place.name)
-        else:
-            del self._aside[place.used]
-            self.add(place)
+    def use(self, places: Iterable[Place]) -> None:
+        """They are used once more, one after the other."""
+        fresh, times = self._fresh, self._times
+        for place in places:
+            if place.name in fresh:
+                place.used = next(times)
+                fresh.move_to_end(place.name)
+            else:
+                del self._aside[place.used]
+                self.add(place)
 
     def remove(self, place: Place) -> None:
         """It is no double any more. One that has given way is not here already."""

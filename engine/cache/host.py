@@ -150,18 +150,20 @@ class HostPages:
 
     def touch(self, names: Iterable[bytes], *, hit: bool) -> None:
         """These pages, given from the last to the first, were used just now; `hit`: asked for again."""
+        doubles = []
         for place in map(self._places.get, names):
             if place is None:
                 continue
             if place.double:
-                self._doubles.use(place)
+                doubles.append(place)
             elif hit and not place.hit:
                 self._hit[place.name] = self._new.pop(place.name)
             else:
                 (self._hit if place.hit else self._new).move_to_end(place.name)
-            if hit:
+            if hit and not place.hit:
                 place.hit = True
                 self._kinds[place.slot] = HIT
+        self._doubles.use(doubles)
         self._bound()
 
     def _bound(self) -> None:

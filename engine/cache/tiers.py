@@ -143,7 +143,6 @@ class Tiers:
         if not new:
             return
         places = self.host.add([own[index] for index in new])
-        self.host.touch(reversed(names[:first]), hit=False)  # they outlive what is nothing without them
         self.counts.refused += len(new) - len(places)
         if places:
             self._tree.lock(node)

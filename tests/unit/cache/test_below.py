@@ -190,7 +190,7 @@ class AnyDouble(RuleBasedStateMachine):
         place = self.draw(data)
         self.list.remove(place)
         self.list.append(place)
-        self.doubles.use(place)
+        self.doubles.use([place])
 
     @precondition(lambda self: self.list)
     @rule(data=st.data())
