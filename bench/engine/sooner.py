@@ -68,10 +68,10 @@ class Shape:
     piece: int = 32  # pages
     step: float = 0.0055  # and of each row
     row: float = 0.00012
-    prompt: float = 0.007  # more of a step with prompts, and of each of their tokens beyond the first hundred
+    prompt: float = 0.0045  # more of a step with prompts, and of each of their tokens beyond the first hundred
     token: float = 24.5e-6
     disk: float = (2 << 20) / 1.80e9  # of a page
-    bus: float = (2 << 20) / 55e9
+    bus: float = (2 << 20) / 45e9  # each way, both at once
 
 
 @dataclass
@@ -166,7 +166,8 @@ class Simulation:
             self.moves = cast(Moves, self.timed[1])
         self.room = WaitingRoom({})
         self.room.started()
-        self.computes, self.disk, self.ways = Line(), Line(), {"down": Line(), "up": Line()}
+        self.computes, self.disk = Line(), Line()
+        self.ways = {way: Line() for way in ("down", "late", "up")}
         self.stored: set[bytes] = set()
         self.flying: deque[StepDone] = deque()
         self.wanted: dict[int, float] = {}
@@ -316,7 +317,8 @@ class Simulation:
             case "down" | "up":
                 waits = self.uses.busy(np.frombuffer(move.pages, "<i4"))  # for steps that are launched
                 steps = self.computes.free if waits else self.now
-                end = self.ways[move.way].take(max(self.now, steps), move.count * self.shape.bus)
+                way = "late" if move.way == "down" and waits else move.way
+                end = self.ways[way].take(max(self.now, steps), move.count * self.shape.bus)
                 if move.holds:  # and the next one for it
                     self.computes.free = end
                     self.found.held += end - max(self.now, steps)

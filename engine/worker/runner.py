@@ -42,7 +42,7 @@ from engine.worker.steps.drafts import Draws, Held, held, real_starts
 from engine.worker.steps.graphs import ALL_ROWS_TOKENS, DecodeGraphs, Tables, capture_prompts, prompt_graphs
 from engine.worker.steps.prefixes import LEAST_ROWS, SharedPrefixes
 from engine.worker.steps.recorded import RecordedSteps
-from engine.worker.steps.results import Block, Forward, Head, Result, Step, to_pinned
+from engine.worker.steps.results import Block, Forward, Head, Result, Step, to_pinned, written_to_pinned
 from engine.worker.steps.rows import Rows
 from engine.worker.steps.shown import NOTHING_SHOWN
 from engine.worker.steps.stage import Stage
@@ -130,7 +130,7 @@ class Runner:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         previous, self._ahead_of = self._ahead_of, end
-        result = self._run(plan, among, catch_up).moved(to_pinned)
+        result = self._run(plan, among, catch_up).moved(to_pinned if self.transfers is None else written_to_pinned)
         end.record()
         if self.transfers is not None:
             self.transfers.launched(plan, end)

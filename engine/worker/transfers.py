@@ -4,19 +4,21 @@
     down          └─ copy ─┬─> told    ^             sees what n has written; n+1 runs meanwhile
                            └───────────┘             one that holds: n+1 begins once it is copied
 
-On a GPU the copies are DMA on two streams of their own, one for each direction, so they take no multiprocessor from the
-steps. A move waits on the device for all steps launched before it, if one of them may use its pages (steps/uses.py):
-one may write what goes down, or still use a page that was freed and is to be written. Steps wait for a copy in two
-cases, on the device. One is a copy that `holds`, whose pages they write over. The other is the rest of a copy up that
-is told of: it is told of a little before its end, as the way of the answer to the scheduler, and that of the plan back,
-take as long. The scheduler lets no step touch the pages of any other move before its answer. Whoever waits on the host
-for a copy, a disk or another process is a thread.
+On a GPU the copies are DMA, so they take no multiprocessor from the steps. They are on three streams: what goes up,
+what goes down, and what has to wait for a step before it goes down, so that nothing else waits with it. A move waits on
+the device for all steps launched before it, if one of them may use its pages (steps/uses.py): one may write what goes
+down, or still use a page that was freed and is to be written. Steps wait for a copy in two cases, on the device. One is
+a copy that `holds`, whose pages they write over. The other is the rest of a copy up that is told of: it is told of a
+little before its end, as the way of the answer to the scheduler, and that of the plan back, take as long. The scheduler
+lets no step touch the pages of any other move before its answer. Whoever waits on the host for a copy, a disk or
+another process is a thread.
 
 A page of all layers of a KV group is one piece of memory (memory.py), so a page is a copy for each group, and where
-there is one group, neighbours that stay neighbours are copied at once. What a step sends to the device or to the host
-waits behind all copies of that way that are under way, so few bytes are at a time: a thread gives a stream the next
-ones when the first have come. Heads, latents, windows and FP8 are all alike here: scales of FP8 belong to layers, not
-to pages. Left out: single layers of a page (docs/tiers.md says why).
+there is one group, neighbours that stay neighbours are copied at once. All that is given to a stream is one call
+(copying.py). What a step sends to the device, or copies to the host, waits behind all copies of that way that are under
+way, so few bytes are at a time: a thread gives a stream the next ones when the first have come. Heads, latents, windows
+and FP8 are all alike here: scales of FP8 belong to layers, not to pages. Left out: single layers of a page
+(docs/tiers.md says why).
 """
 
 import logging
@@ -39,6 +41,7 @@ from engine.messages.step import StepPlan
 from engine.messages.tiers import NAME_BYTES, Move, Moved
 from engine.options.sizes import show_size
 from engine.plugin.tiers import Manifest, Pool, Store
+from engine.worker.copying import Batch, batched
 from engine.worker.memory import Caches
 from engine.worker.steps.uses import End, PageUses
 
@@ -116,13 +119,15 @@ class Transfers:
         self._views = [pool.memory[at : at + self._ends[-1]] for at in range(0, self._host.numel(), self._ends[-1])]
         self._scope = blake2b(msgspec.json.encode(manifest, order="deterministic")).digest()
         self._streams: dict[str, torch.cuda.Stream] = {}  # of a GPU, by way
+        self._batch: Batch | None = None
         if device.type == "cuda":
             pin(self._host)
-            self._streams = {way: torch.cuda.Stream(device) for way in ("down", "up")}
+            self._batch = batched()
+            self._streams = {way: torch.cuda.Stream(device) for way in ("down", "late", "up")}
         self._told: torch.cuda.Event | None = None  # the end of the last copy up that was told of
-        self._held: torch.cuda.Event | None = None  # and of the last copy down that held a step
+        self._held: dict[str, torch.cuda.Event] = {}  # and of the last copy of each stream that held a step
         self._clears = 0  # what was to be kept before the last of them is dropped, unless the store has begun
-        self._copiers = {way: Threads(1, way) for way in ("down", "up")}
+        self._copiers = {way: Threads(1, way) for way in ("down", "late", "up")}
         self._asking, self._reading, self._writing = (
             Threads(count, name) for count, name in ((ASKERS, "ask"), (READERS, "read"), (1, "write"))
         )
@@ -201,18 +206,22 @@ class Transfers:
             if move.holds:
                 over.get()
             return
-        current, stream = torch.cuda.current_stream(self._device), self._streams[move.way]
-        ready = torch.cuda.Event()
-        if self._uses is None or self._uses.busy(pages):
-            ready.record(current)
-        elif move.way == "up" and self._held is not None:
-            ready = self._held  # that may still read the pages
+        current = torch.cuda.current_stream(self._device)
+        first: list[torch.cuda.Event] = []
+        if waits := self._uses is None or self._uses.busy(pages):
+            first.append(torch.cuda.Event())
+            first[0].record(current)
+        elif move.way == "up":
+            first += self._held.values()  # which may still read the pages
         if move.way == "up":
-            return self._submit("up", move, answer, lambda: self._copy_up(copies, current, ready))
+            return self._submit("up", move, answer, lambda: self._copy_up(copies, current, first))
+        copier = "late" if waits else "down"
+        stream = self._streams[copier]
 
         def issue(*, paced: bool) -> torch.cuda.Event:
             with torch.cuda.device(self._device), torch.cuda.stream(stream):
-                stream.wait_event(ready)
+                for event in first:
+                    stream.wait_event(event)
                 self._follow(stream)  # a copy up may still read the places
                 return self._issue("down", copies, stream, paced=paced)
 
@@ -221,10 +230,10 @@ class Transfers:
             return 1.0
 
         if move.holds:
-            self._held = ended = issue(paced=False)
+            self._held[copier] = ended = issue(paced=False)
             current.wait_event(ended)
-            return self._submit("down", move, answer, lambda: wait(ended))
-        return self._submit("down", move, answer, lambda: wait(issue(paced=True)))
+            return self._submit(copier, move, answer, lambda: wait(ended))
+        return self._submit(copier, move, answer, lambda: wait(issue(paced=True)))
 
     def _submit(self, copier: str, move: Move, answer: Callable[..., None], copy: Callable[[], float]) -> None:
         """Have a copier `copy`, which returns the part that the time so far is of all that it takes, and `answer`.
@@ -237,21 +246,22 @@ class Transfers:
             except Exception as error:
                 logger.debug("a copy fails", exc_info=True)
                 with suppress(Exception):  # it may fail as well
-                    self._streams[move.way].synchronize()  # nothing of it is under way any more
+                    self._streams[copier].synchronize()  # nothing of it is under way any more
                 cause = f"a copy of KV pages ({move.way}) fails: {type(error).__name__}: {error}"
                 return answer([False] * move.count, cause=cause)
             return answer([True] * move.count, part=part)
 
         self._copiers[copier].submit(job)
 
-    def _copy_up(self, copies: list[Copy], steps: "torch.cuda.Stream", ready: "torch.cuda.Event") -> float:
-        """Copy up, and return when that is to be told of; `follow` does the rest. Where no step is under way on the
-        stream of the `steps`, that is sooner, because nobody who runs can be delayed. The part that the time so far is
-        of all that it takes, about."""
+    def _copy_up(self, copies: list[Copy], steps: "torch.cuda.Stream", first: "Sequence[torch.cuda.Event]") -> float:
+        """Copy up after those events, and return when that is to be told of; `follow` does the rest. Where no step is
+        under way on the stream of the `steps`, that is sooner, because nobody who runs can be delayed. The part that
+        the time so far is of all that it takes, about."""
         stream = self._streams["up"]
         idle, busy = (_before(copies, size // self._ends[-1]) for size in (IDLE_AHEAD_BYTES, AHEAD_BYTES))
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
-            stream.wait_event(ready)
+            for event in first:
+                stream.wait_event(event)
             sooner = self._issue("up", copies[:idle], stream, paced=True)
             soon, ended = (self._issue("up", part, stream, paced=False) for part in (copies[idle:busy], copies[busy:]))
         sooner.synchronize()
@@ -278,7 +288,11 @@ class Transfers:
 
     @torch.inference_mode()
     def _copy_all(self, way: str, copies: Sequence[Copy]) -> None:
-        """All that is on the device and at the host of these pages, the way of the move."""
+        """All that is on the device and at the host of these pages, the way of the move; on the current stream."""
+        if self._batch is not None and copies:
+            above, below, sizes = self._addresses(copies)
+            to, source = (below, above) if way == "down" else (above, below)
+            return self._batch(to, source, sizes, torch.cuda.current_stream(self._device).cuda_stream)
         for first_page, first_slot, count in copies:
             begin = 0
             for group, end in zip(self._groups, self._ends, strict=True):
@@ -289,6 +303,15 @@ class Transfers:
                 else:
                     device.copy_(host, non_blocking=True)
                 begin = end
+
+    def _addresses(self, copies: Sequence[Copy]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each copy and KV group: where it is on the device, where at the host, and how many bytes; [N] uint64."""
+        pages, slots, counts = np.array(copies, np.uint64).T
+        begins = [0, *self._ends[:-1]]
+        above = [group.data_ptr() + pages * np.uint64(group.shape[1]) for group in self._groups]
+        below = [self._host.data_ptr() + slots * np.uint64(self._ends[-1]) + np.uint64(begin) for begin in begins]
+        sizes = [counts * np.uint64(group.shape[1]) for group in self._groups]
+        return np.concatenate(above), np.concatenate(below), np.concatenate(sizes)
 
     # ── store ────────────────────────────────────────────────────────────────────────────────
 

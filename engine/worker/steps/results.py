@@ -105,3 +105,32 @@ def to_pinned(tensor: Tensor) -> Tensor:
     """A copy on the host, which is there once the stream has come so far."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
+
+
+class _Mapped:
+    """Bytes of pinned memory as the device sees them: at the same address."""
+
+    def __init__(self, host: Tensor) -> None:
+        self.host = host  # which lives as long as this is used
+        self.__cuda_array_interface__ = {
+            "shape": (host.nbytes,),
+            "typestr": "|u1",
+            "data": (host.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def written_to_pinned(tensor: Tensor) -> Tensor:
+    """As `to_pinned`, but a kernel writes it. A copy waits for all that other streams copy to the host, and so does the
+    next step behind it: beside a GiB of KV pages for up to 15 ms on an H200, where the step itself takes 6.
+
+    Whoever drops the result before the stream has come so far lets others have its memory too early."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    if not tensor.numel():
+        return host
+    there = torch.as_tensor(_Mapped(host), device=tensor.device)
+    if there.data_ptr() != host.data_ptr():  # it was pinned for another device
+        return host.copy_(tensor, non_blocking=True)
+    source = tensor.contiguous().flatten().view(torch.uint8)
+    torch.maximum(source, source, out=there)
+    return host

@@ -25,7 +25,7 @@ class StreamMover(Mover):
         sizes = {"COPY_BYTES": page, "UNDER_WAY": 1000, "AHEAD_BYTES": 2 * page, "IDLE_AHEAD_BYTES": 3 * page}
         self.cuda = simulate(monkeypatch, **sizes)
         super().__init__(HEADS, device=torch.device("cuda"))
-        self.up, self.down = (self.transfers._streams[way] for way in ("up", "down"))
+        self.up, self.down, self.late = (self.transfers._streams[way] for way in ("up", "down", "late"))
         for slot in range(5):
             self.transfers._host[slot].fill_(200 + slot)
 
@@ -101,12 +101,12 @@ def test_steps_wait_for_the_rest_of_a_copy_up_once_it_is_told_of(mover: StreamMo
 def test_a_page_that_goes_down_to_a_place_waits_for_the_copy_up_from_there(mover: StreamMover) -> None:
     rise(mover)
     mover.begin("down", [5], [3])
-    mover.issued(mover.down, 4)
+    mover.issued(mover.late, 4)
     mover.cuda.main.go_on()
-    mover.down.go_on()
+    mover.late.go_on()
     assert mover.told.empty()
     mover.up.go_on()
-    mover.down.go_on()
+    mover.late.go_on()
     assert mover.answer().done == b"\1" and mover.bytes_of(3) == 203
     assert bytes(mover.transfers._host[3].numpy().tobytes()) == b"".join(mover.page(5))
 
@@ -142,7 +142,7 @@ def test_a_page_that_is_written_back_is_not_written_over_before(mover: StreamMov
     mover.cuda.main.put(lambda: [layer[5].fill_(0) for layer in mover.caches[0]])
     mover.cuda.main.go_on()
     assert mover.page(5) == wanted
-    mover.down.go_on()
+    mover.late.go_on()
     mover.cuda.main.go_on()
     assert mover.answer().done == b"\1" and mover.page(5) != wanted
     assert bytes(mover.transfers._host[1].numpy().tobytes()) == b"".join(wanted)
@@ -174,7 +174,7 @@ def test_a_stream_has_few_copies_at_a_time_so_that_steps_wait_behind_few(
     monkeypatch.setattr(transfers, "UNDER_WAY", 2)
     monkeypatch.setattr(transfers, "IDLE_AHEAD_BYTES", 0)
     monkeypatch.setattr(transfers, "AHEAD_BYTES", 0)
-    stream = mover.down if way == "down" else mover.up
+    stream = mover.late if way == "down" else mover.up
     mover.begin(way, [0, 1, 2, 3], [3, 1, 4, 0])
     mover.cuda.main.go_on()
     for left in (4, 3, 2, 1):
@@ -199,6 +199,7 @@ def test_a_copy_waits_for_steps_that_may_use_its_pages_and_for_no_others(way: st
     mover.begin(way, [1], [3])
     until(lambda: stream.go_on() or not mover.told.empty())
     assert mover.answer().done == b"\1" and len(mover.cuda.main) == 1
+    stream = mover.late if way == "down" else mover.up
     mover.begin(way, [0], [4])
     until(lambda: len(stream) > 1)
     stream.go_on()
@@ -207,6 +208,35 @@ def test_a_copy_waits_for_steps_that_may_use_its_pages_and_for_no_others(way: st
     mover.cuda.main.go_on()
     until(lambda: stream.go_on() or not mover.told.empty())
     assert mover.answer().done == b"\1"
+
+
+def test_what_goes_down_does_not_wait_behind_what_waits_for_a_step(mover: StreamMover) -> None:
+    mover.transfers._uses = cast(PageUses, SimpleNamespace(busy=lambda pages: 0 in pages))
+    mover.cuda.main.put(lambda: None)  # a step under way, which uses page 0
+    mover.begin("down", [0], [3])
+    mover.begin("down", [1], [4])
+    until(lambda: mover.late.go_on() or mover.down.go_on() or not mover.told.empty())
+    assert mover.answer().number == mover.number and mover.told.empty()
+    mover.cuda.main.go_on()
+    until(lambda: mover.late.go_on() or not mover.told.empty())
+    assert mover.answer().number == mover.number - 1
+
+
+def test_what_comes_up_waits_for_what_held_a_step_on_either_stream(mover: StreamMover) -> None:
+    mover.transfers._uses = cast(PageUses, SimpleNamespace(busy=lambda pages: 2 in pages))
+    before = b"".join(mover.page(2))
+    mover.begin("down", [2], [3], holds=True)  # which waits for a step
+    mover.begin("down", [1], [4], holds=True)
+    mover.transfers._uses = cast(PageUses, SimpleNamespace(busy=lambda pages: False))
+    mover.begin("up", [2], [1])
+    until(lambda: len(mover.up) > 1)
+    mover.down.go_on()
+    mover.up.go_on()
+    assert b"".join(mover.page(2)) == before
+    mover.cuda.main.go_on()
+    until(lambda: mover.late.go_on() or mover.up.go_on() or mover.told.qsize() == 3)
+    mover.up.go_on()
+    assert mover.bytes_of(2) == 201 and bytes(mover.transfers._host[3].numpy().tobytes()) == before
 
 
 def test_what_comes_up_waits_for_what_held_a_step_and_may_still_read_the_page(mover: StreamMover) -> None:

@@ -1,5 +1,6 @@
 """Moves of pages on a CPU: bytes arrive where they should, in order with the steps, and what a store does is told."""
 
+import ctypes
 import threading
 import time
 from array import array
@@ -67,9 +68,21 @@ def names(*letters: str) -> list[bytes]:
     return [letter.encode() * NAME_BYTES for letter in letters]
 
 
+def moved_in_one_call(to: np.ndarray, source: np.ndarray, sizes: np.ndarray, stream: int) -> None:
+    """As CUDA does it: all addresses at once."""
+    assert stream == 7 and {each.dtype for each in (to, source, sizes)} == {np.dtype(np.uint64)}
+    for each in zip(to.tolist(), source.tolist(), sizes.tolist(), strict=True):
+        ctypes.memmove(*each)
+
+
+@pytest.mark.parametrize("batch", [None, moved_in_one_call])
 @pytest.mark.parametrize("groups", [(HEADS,), (LATENTS,), (HEADS, LATENTS)])
-def test_pages_of_every_kind_come_back_as_they_were_in_other_places(groups: tuple[KVGroup, ...]) -> None:
+def test_pages_of_every_kind_come_back_as_they_were_in_other_places(
+    groups: tuple[KVGroup, ...], batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mover = Mover(*groups)
+    mover.transfers._batch = batch
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     before = [mover.page(page) for page in range(PAGES)]
     assert mover.move("down", pages=[0, 1, 2, 5], slots=[1, 2, 3, 0]).done == b"\1\1\1\1"
     assert mover.move("keep", slots=[1, 2, 3, 0], names=names("a", "b", "c", "d")).done == b"\1\1\1\1"
