@@ -310,6 +310,7 @@ class Bench:
                 turns = found[name, together] = await talk.go_on(scale.turns, together)
                 after = await stats_of(engine)
                 told = {each: getattr(after, each) - getattr(before, each) for each in SHOWN}
+                told |= {each: count - before.stores.get(each, 0) for each, count in after.stores.items() if count}
                 print(
                     f"agents, {name}, {together} at a time: {turns.rate:.2f} turns/s, first token "
                     f"{1e3 * statistics.median(turns.first):.0f} ms, {turns.cached / turns.prompt:.0%} cached; {told}",
