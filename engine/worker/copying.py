@@ -19,6 +19,7 @@ import torch
 # of cudaMemcpyAttributes: srcAccessOrder (1: as the stream has it), two locations (type, id), which are told of managed
 # memory alone, and flags
 ATTRIBUTES = (ctypes.c_int * 6)(1, 0, 0, 0, 0, 0)
+LEAST_DRIVER = 12_080  # CUDA 12.8
 FIRST = (ctypes.c_size_t * 1)(0)  # the attributes hold from this copy on
 
 Batch = Callable[[np.ndarray, np.ndarray, np.ndarray, int], None]
@@ -27,14 +28,18 @@ Batch = Callable[[np.ndarray, np.ndarray, np.ndarray, int], None]
 def batched() -> Batch | None:
     """What copies to addresses from others, so many bytes each (three arrays [N] uint64), on a stream that is not the
     default one: its handle. In what order is not said. It raises RuntimeError for what CUDA refuses. None where the
-    CUDA that torch has does not know such a call."""
+    CUDA that torch has, or the driver, does not know such a call."""
     version = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
     if version < (12, 8):
         return None
+    driver = ctypes.c_int()
     try:
         runtime = ctypes.CDLL(f"libcudart.so.{version[0]}")  # which torch has loaded
         call = runtime.cudaMemcpyBatchAsync
+        runtime.cudaDriverGetVersion(ctypes.byref(driver))
     except (OSError, AttributeError):
+        return None
+    if driver.value < LEAST_DRIVER:
         return None
     call.restype = ctypes.c_int
     failed = () if version >= (13, 0) else (ctypes.byref(ctypes.c_size_t()),)
@@ -45,6 +50,6 @@ def batched() -> Batch | None:
         count = ctypes.c_size_t(len(sizes))
         error = call(*pointers, count, ATTRIBUTES, FIRST, ctypes.c_size_t(1), *failed, ctypes.c_void_p(stream))
         if error:
-            raise RuntimeError(f"cudaMemcpyBatchAsync answers {error} to {len(sizes)} copies")
+            raise RuntimeError(f"cudaMemcpyBatchAsync fails with error {error}")
 
     return copy
