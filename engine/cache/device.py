@@ -64,7 +64,7 @@ class DevicePages:
 
     def again(self, names: Sequence[bytes], pages: Sequence[int]) -> None:
         """These, which begin a text, are asked for again, or somebody may come back to them."""
-        self._host.touch(reversed(names[: len(pages)]), hit=True)
+        self._host.touch(reversed(names[: len(pages)]))
         self._again.update(pages)
 
     def leave(self, pages: Sequence[int], *, spare: bool = False) -> tuple[dict[int, Place], int]:

@@ -148,19 +148,19 @@ class HostPages:
         for segment in (self._new, self._hit) if hit else (self._new,):
             yield from (place for place in segment.values() if not place.pins)
 
-    def touch(self, names: Iterable[bytes], *, hit: bool) -> None:
-        """These pages, given from the last to the first, were used just now; `hit`: asked for again."""
+    def touch(self, names: Iterable[bytes]) -> None:
+        """These pages, given from the last to the first, are asked for again."""
         doubles = []
         for place in map(self._places.get, names):
             if place is None:
                 continue
             if place.double:
                 doubles.append(place)
-            elif hit and not place.hit:
-                self._hit[place.name] = self._new.pop(place.name)
+            elif place.hit:
+                self._hit.move_to_end(place.name)
             else:
-                (self._hit if place.hit else self._new).move_to_end(place.name)
-            if hit and not place.hit:
+                self._hit[place.name] = self._new.pop(place.name)
+            if not place.hit:
                 place.hit = True
                 self._kinds[place.slot] = HIT
         self._doubles.use(doubles)

@@ -141,7 +141,7 @@ class Places:
         assert request.node is not None
         self.tiers.device.used(names, request.pages)
         if not request.rooms:
-            self.tiers.host.touch(reversed(names), hit=True)
+            self.tiers.host.touch(reversed(names))
         request.rise = self.tiers.make_room(needed - len(request.pages))
         request.rooms += request.rise > 0
         self.tree.unlock(request.node)

@@ -37,7 +37,7 @@ def test_the_end_of_the_text_that_was_used_least_recently_gives_way_first():
     there(host, *"xyz")
     there(host, *"p")
     assert held(host, "abcxyzp") == "abxyzp"
-    host.touch([b"b", b"a"], hit=False)
+    host.touch([b"b", b"a"])
     there(host, *"qr")
     assert held(host, "abxyzpqr") == "abxpqr"
     host.check_integrity()
@@ -54,7 +54,7 @@ def test_pages_that_give_way_together_leave_neighbours_to_those_that_come():
 def test_a_scan_pushes_out_nothing_that_was_asked_for_twice():
     host = HostPages(8)
     there(host, *"abcdef")
-    host.touch([b"f", b"e", b"d", b"c", b"b", b"a"], hit=True)
+    host.touch([b"f", b"e", b"d", b"c", b"b", b"a"])
     for number in range(200):
         there(host, *(f"{number}.{page}" for page in range(3)))
     assert held(host, "abcdef") == "abcdef"
@@ -64,9 +64,9 @@ def test_a_scan_pushes_out_nothing_that_was_asked_for_twice():
 def test_what_was_asked_for_twice_gives_way_to_what_was_asked_for_twice_later():
     host = HostPages(8)
     there(host, *"abcdef")
-    host.touch([b"f", b"e", b"d", b"c", b"b", b"a"], hit=True)
+    host.touch([b"f", b"e", b"d", b"c", b"b", b"a"])
     there(host, *"uv")
-    host.touch([b"v", b"u"], hit=True)  # more than three quarters: the ends of the first text are as good as new
+    host.touch([b"v", b"u"])  # more than three quarters: the ends of the first text are as good as new
     there(host, *"xy")
     assert held(host, "abcdefuvxy") == "abcduvxy"
 
@@ -74,7 +74,7 @@ def test_what_was_asked_for_twice_gives_way_to_what_was_asked_for_twice_later():
 def test_what_a_store_gives_back_takes_the_place_of_what_was_asked_for_longer_ago():
     host = HostPages(8)
     there(host, *"abcdef")
-    host.touch([b"f", b"e", b"d", b"c", b"b", b"a"], hit=True)
+    host.touch([b"f", b"e", b"d", b"c", b"b", b"a"])
     places = host.add([b"u", b"v", b"w", b"x", b"y"], hit=True)
     assert [place.name for place in places] == [b"u", b"v", b"w", b"x", b"y"]
     assert held(host, "abcdefuvwxy") == "abcuvwxy"
@@ -103,7 +103,7 @@ def test_doubles_give_way_first_and_of_these_the_ones_that_were_used_last():
     there(host, *"cd")
     there(host, "e")
     assert held(host, "abpqrscde") == "abpqscde"  # the first of a text stay on the device for longest
-    host.touch([b"q", b"p"], hit=True)
+    host.touch([b"q", b"p"])
     there(host, *"fg")
     assert held(host, "abpqscdefg") == "abscdefg"
     assert [name for name in "pqrs" if gave_way(host, name.encode())] == [*"pqr"]
@@ -235,7 +235,7 @@ TestAnyDouble.settings = settings(max_examples=50, stateful_step_count=40, deadl
 def test_what_the_device_has_no_more_is_as_good_as_others_that_were_used_just_now():
     host = HostPages(8)
     doubles(host, *"pqrs")
-    host.touch([b"q", b"p"], hit=True)
+    host.touch([b"q", b"p"])
     there(host, *"abcd")
     host.left([b"s", b"r", b"q", b"p"])
     there(host, *(str(number) for number in range(6)))
@@ -250,7 +250,6 @@ def test_what_is_known_of_a_double_is_not_lost_with_it():
     there(host, *"ab")
     assert gave_way(host, b"p") and gave_way(host, b"q")
     host.left([b"a", b"b"])
-    host.touch([b"b", b"a"], hit=False)
     places = host.add([b"p", b"q"])
     assert [(place.name, place.stored, place.offers) for place in places] == [(b"p", True, 1), (b"q", False, 5)]
     assert not gave_way(host, b"p")
