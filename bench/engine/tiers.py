@@ -251,12 +251,12 @@ class Bench:
         once."""
         if self.store is None or engine is self._engines.get("host"):
             return
-        least, since = -1, time.perf_counter()
+        least, since = math.inf, time.perf_counter()
         while (stats := await stats_of(engine)).to_keep:
-            if least < 0 or stats.to_keep < least:
+            if stats.to_keep < least:
                 least, since = stats.to_keep, time.perf_counter()
             elif time.perf_counter() - since > self.scale.patience:
-                print(f"the disk lacks {counted(least, 'page')}, and takes none: {stats.stores}", flush=True)
+                print(f"the disk lacks {counted(stats.to_keep, 'page')}, and takes none: {stats.stores}", flush=True)
                 return
 
     async def crowd_out(self, engine: AsyncEngine, tokens: int, seed: int) -> None:

@@ -92,7 +92,7 @@ class Keeping:
 
     def kept(self, places: Sequence[Place], done: Sequence[bool]) -> None:
         """A move is over, of these pages; those are kept that are `done`."""
-        self.dropped(places)
+        self.over(places)
         for place, is_kept in zip(places, done, strict=True):
             if not is_kept:
                 place.stored = False
@@ -105,8 +105,8 @@ class Keeping:
             self._until = self.now + self._pause
             self._pause = min(2 * self._pause, MOST_PAUSE)
 
-    def dropped(self, places: Sequence[Place]) -> None:
-        """A move is over, of these pages. If it is of before `clear`, whether the store has taken them says nothing."""
+    def over(self, places: Sequence[Place]) -> None:
+        """A move is over, of these pages. Of one of before `clear` that is all: what the store took says nothing."""
         self._moves, self._going = self._moves - 1, self._going - len(places)
 
     def clear(self) -> None:

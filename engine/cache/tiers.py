@@ -272,7 +272,7 @@ class Tiers:
 
     def _kept(self, ticket: Ticket, done: Sequence[bool]) -> None:
         if ticket.stale:
-            self.keeping.dropped(ticket.places)
+            self.keeping.over(ticket.places)
         else:
             self.keeping.kept(ticket.places, done)
         self.host.unpin(ticket.places)

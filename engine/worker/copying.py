@@ -16,10 +16,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+LEAST_DRIVER = 12_080  # CUDA 12.8
 # of cudaMemcpyAttributes: srcAccessOrder (1: as the stream has it), two locations (type, id), which are told of managed
 # memory alone, and flags
 ATTRIBUTES = (ctypes.c_int * 6)(1, 0, 0, 0, 0, 0)
-LEAST_DRIVER = 12_080  # CUDA 12.8
 FIRST = (ctypes.c_size_t * 1)(0)  # the attributes hold from this copy on
 
 Batch = Callable[[np.ndarray, np.ndarray, np.ndarray, int], None]

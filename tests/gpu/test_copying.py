@@ -52,8 +52,7 @@ def test_what_a_kernel_writes_to_the_host_is_what_the_device_has(shape: tuple[in
 
 
 def test_a_number_that_is_none_arrives_as_such() -> None:
-    found = written_to_pinned(torch.tensor([float("nan"), float("-inf"), -0.0], device="cuda"))
+    given = torch.tensor([float("nan"), float("-inf"), -0.0])
+    found = written_to_pinned(given.cuda())
     torch.cuda.current_stream().synchronize()
-    assert (
-        found.view(torch.int32).tolist() == torch.tensor([float("nan"), float("-inf"), -0.0]).view(torch.int32).tolist()
-    )
+    assert torch.equal(found.view(torch.int32), given.view(torch.int32))

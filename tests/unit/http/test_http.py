@@ -338,8 +338,7 @@ async def test_metrics_of_tiers() -> None:
         tiers = TierStats(
             host_pages=100, host_used=60, store_pages=7, store_bytes=900, down=50, kept=7, fetched=3, from_device=8,
             from_host=20, from_store=2, refused=4, failed=1, asked_total=80, ceiling=0.5, seconds_saved=1.5,
-            stores={"pages_written": 7, "corrupt": 1}, uncleared=True, computed=9,
-            to_keep=6,
+            stores={"pages_written": 7, "corrupt": 1}, uncleared=True, computed=9, to_keep=6,
         )  # fmt: skip
         front.stats = Stats("ready", tiers=tiers)
         size = front.info.page_size
