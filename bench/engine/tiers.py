@@ -11,7 +11,7 @@ when the first row needs it, and kept:
     agents   conversations of four times the device cache; whose turn is next is drawn at random. Each turn brings a
              few new tokens and gets a short reply. What is timed begins once each has been there, and the disk has
              what it is to have. Output: turns a second, and the time to the first token; for each number of agents
-             of --together, as many as the device has room for being twelve. They are asked in this order
+             of --together, as many as the device has room for being twelve. Each begins with new conversations
     prompt   one prompt alone: computed, and from the host, of an engine without a disk, which would be written to
              meanwhile; beside that, what the bus takes for as many bytes. The worker tells how long the copy takes a
              little before its end, at its pace so far
@@ -301,11 +301,11 @@ class Bench:
         found: dict[tuple[str, int], Turns] = {}
         for name in ("none", "tiers"):
             engine = await self.engine(name)
-            await engine.front.flush()
-            talk = Conversations(engine, scale, scale.conversations, self.vocabulary)
-            first = await talk.begin(lambda engine=engine: self.caught_up(engine))  # type: ignore[misc]
-            print(f"agents, {name}: first turns {first.seconds:.1f} s", flush=True)
             for together in scale.together:
+                await engine.front.flush()
+                talk = Conversations(engine, scale, scale.conversations, self.vocabulary)
+                first = await talk.begin(lambda engine=engine: self.caught_up(engine))  # type: ignore[misc]
+                print(f"agents, {name}: first turns {first.seconds:.1f} s", flush=True)
                 before = await stats_of(engine)
                 turns = found[name, together] = await talk.go_on(scale.turns, together)
                 after = await stats_of(engine)

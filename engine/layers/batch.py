@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.messages.step import STEPS_IN_FLIGHT
+AT_ONCE = 1 << 16  # bytes of a copy that CUDA takes along with the call
+MOST_PARTS = 16  # such copies for one array
 
 NO_STATES: Mapping[str, tuple[Tensor, ...]] = MappingProxyType({})
 
@@ -152,28 +153,43 @@ class Batch:
 
 
 def upload(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """A device copy of a host array that does not wait for the device: through pinned memory on a GPU."""
+    """A device copy of a host array, which waits neither for the device nor for what else is on the bus."""
     host = torch.from_numpy(numbers)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+    if device.type == "cpu":
+        return host
+    there = torch.empty(host.shape, dtype=host.dtype, device=device)
+    fill(there, host)
+    return there
+
+
+def fill(there: Tensor, host: Tensor) -> None:
+    """Copy `host` into `there`, which is contiguous and as large, once the device comes to it. On return `host` may
+    change.
+
+    CUDA takes up to 64 KiB of memory that is not pinned along with the call. A copy from pinned memory is the bus's:
+    beside pages of a KV cache on their way up, each one of 16 KiB or more took an H200 1 to 8 ms. Much goes that way
+    nevertheless, as it costs the host least."""
+    if (count := -(-host.nbytes // AT_ONCE)) <= 1:
+        there.copy_(host, non_blocking=True)
+    elif count > MOST_PARTS:
+        there.copy_(host.pin_memory(), non_blocking=True)
+    else:
+        each = AT_ONCE // host.element_size()
+        for to, part in zip(there.view(-1).split(each), host.reshape(-1).split(each), strict=True):
+            to.copy_(part, non_blocking=True)
 
 
 class Mirror:
-    """Numbers of the host that a CUDA graph reads at one address: fill what `host` gives, then `send` it.
-
-    A copy runs when the device comes to it, so the host's buffers take turns: one for each step that may be in flight.
-    """
+    """Numbers of the host that a CUDA graph reads at one address: fill what `host` gives, then `send` it."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.device = torch.zeros(size, dtype=torch.int64, device=device)
-        pinned = device.type == "cuda"
-        self._hosts = [torch.zeros(size, dtype=torch.int64, pin_memory=pinned) for _ in range(STEPS_IN_FLIGHT)]
-        self._turn = 0
+        self._host = torch.zeros(size, dtype=torch.int64)
 
     def host(self) -> np.ndarray:
-        """[size] int64, with what it held some sends ago."""
-        self._turn = (self._turn + 1) % STEPS_IN_FLIGHT
-        numbers: np.ndarray = self._hosts[self._turn].numpy()
+        """[size] int64, with what was sent last."""
+        numbers: np.ndarray = self._host.numpy()
         return numbers
 
     def send(self) -> None:
-        self.device.copy_(self._hosts[self._turn], non_blocking=True)
+        fill(self.device, self._host)

@@ -15,8 +15,9 @@ another process is a thread.
 
 A page of all layers of a KV group is one piece of memory (memory.py), so a page is a copy for each group, and where
 there is one group, neighbours that stay neighbours are copied at once. All that is given to a stream is one call
-(copying.py). What a step sends to the device, or copies to the host, waits behind all copies of that way that are under
-way, so few bytes are at a time: a thread gives a stream the next ones when the first have come. Heads, latents, windows
+(copying.py). What else is copied waits behind all that a stream was given, so that is not everything: a thread gives it
+the next ones when the first have come. A step itself copies nothing over the bus (layers/batch.py, steps/results.py):
+so these may take as long as that thread may have to wait for Python. Heads, latents, windows
 and FP8 are all alike here: scales of FP8 belong to layers, not to pages. Left out: single layers of a page
 (docs/tiers.md says why).
 """
@@ -49,7 +50,7 @@ logger = logging.getLogger("engine.worker")
 
 READERS = 8  # threads that read from a store
 READ_AT_ONCE = 8  # pages that one of them reads
-COPY_BYTES = 16 << 20  # given to a stream at once: 0.3 ms of a bus that moves 50 GB/s
+COPY_BYTES = 64 << 20  # given to a stream at once: 1.3 ms of a bus that moves 50 GB/s
 UNDER_WAY = 2  # as many bytes, so often, on one stream
 # What is left of a copy up as it is told of: 2.7 ms of that bus, and twice as much where no step is under way. Until a
 # step begins that uses the pages, the host needs about as long.

@@ -7,6 +7,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
+from engine.layers.batch import AT_ONCE, MOST_PARTS, Mirror, upload
 from engine.worker.copying import batched
 from engine.worker.steps.results import written_to_pinned
 
@@ -56,3 +57,24 @@ def test_a_number_that_is_none_arrives_as_such() -> None:
     found = written_to_pinned(given.cuda())
     torch.cuda.current_stream().synchronize()
     assert torch.equal(found.view(torch.int32), given.view(torch.int32))
+
+
+@pytest.mark.parametrize("size", [0, 1, 16_384, AT_ONCE, AT_ONCE + 8, 3 * AT_ONCE - 8, MOST_PARTS * AT_ONCE + 8])
+def test_numbers_may_change_once_they_are_sent_though_the_device_comes_to_them_later(size: int) -> None:
+    numbers = np.arange(size // 8)
+    mirror = Mirror(len(numbers), torch.device("cuda"))
+    mirror.host()[:] = numbers
+    torch.cuda._sleep(400_000_000)  # 0.2 s
+    sent = upload(numbers, torch.device("cuda"))
+    mirror.send()
+    numbers[:] = mirror.host()[:] = -1
+    assert not torch.cuda.current_stream().query(), "the host waited for the device"
+    assert torch.equal(sent.cpu(), torch.arange(size // 8)) and torch.equal(sent, mirror.device)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, AT_ONCE // 8 + 1), (7, 3, 4097)])
+def test_numbers_of_any_shape_arrive_in_order(shape: tuple[int, ...]) -> None:
+    numbers = np.random.default_rng(0).integers(-9, 9, shape, np.int32)
+    for given in (numbers, numbers.T.copy(), numbers.astype(np.float32)):
+        sent = upload(given, torch.device("cuda"))
+        assert np.array_equal(sent.cpu().numpy(), given)

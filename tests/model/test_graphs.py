@@ -17,7 +17,6 @@ from torch import Tensor
 from engine.layers.attention import Prefix
 from engine.layers.batch import Mirror
 from engine.messages.questions import CountAction
-from engine.messages.step import STEPS_IN_FLIGHT
 from engine.params.sampling import Sampling
 from engine.plugin.testing import ModelHarness
 from engine.worker.experts import ExpertWatch, routers_of
@@ -86,12 +85,14 @@ def tables(harness: ModelHarness) -> Tables:
     return Tables(runner.model, runner.caches, runner.tokens, runner.page_table, runner.page_size, counts_real=real)
 
 
-def test_numbers_of_all_steps_in_flight_have_places_of_their_own_on_the_host() -> None:
-    mirror, steps = Mirror(2, torch.device("cpu")), STEPS_IN_FLIGHT
-    hosts = [mirror.host() for _ in range(steps)]
-    for number, host in enumerate(hosts):
-        host[:] = number
-    assert [host.tolist() for host in hosts] == [[number] * 2 for number in range(steps)]
+def test_numbers_that_were_sent_stay_while_the_next_are_written() -> None:
+    mirror = Mirror(3, torch.device("cpu"))
+    mirror.host()[:] = 5
+    mirror.send()
+    mirror.host()[1] = 7
+    assert mirror.device.tolist() == [5, 5, 5]
+    mirror.send()
+    assert mirror.device.tolist() == [5, 7, 5]
 
 
 @torch.inference_mode()

@@ -4,8 +4,7 @@
                        no line: the one that was used the longest ago is written anew
 
 Lines are written between two steps, when all that were launched have been waited for as far as their masks: nothing
-still reads a line that is given away, or copies from the pinned memory that new lines go up from. On a CPU they are
-written in place. Left out: telling apart masks that are equal.
+still reads a line that is given away. On a CPU they are written in place. Left out: telling apart masks that are equal.
 """
 
 from collections.abc import Hashable
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.logits.reference import mask_words
+from engine.layers.batch import upload
 
 ROOM = 64 << 20  # bytes of masks
 MOST_LINES = 4096
@@ -39,7 +39,7 @@ class MaskTable:
         self.only_ends = np.zeros(count, bool)
         self._in_place = self.masks.numpy() if device.type == "cpu" else None
         staged = 0 if device.type == "cpu" else slots
-        self._staged = torch.zeros(staged, words, dtype=torch.int32, pin_memory=staged > 0)
+        self._staged = np.zeros((staged, words), np.int32)
         self._used = np.zeros(count, np.int64)  # the step that last did
         self._used[: self._fixed] = NEVER
         self._owners: list[tuple[Lines, Hashable] | None] = [None] * count
@@ -78,7 +78,7 @@ class MaskTable:
         self.new += lines
         if self._in_place is not None:
             return self._in_place, lines
-        return self._staged.numpy(), list(range(first, len(self.new)))
+        return self._staged, list(range(first, len(self.new)))
 
     def remember(self, line: int, lines: Lines, state: Hashable) -> None:
         """The mask of `line` is that of `state`."""
@@ -99,5 +99,4 @@ class MaskTable:
     def send(self, lines: Tensor) -> None:
         """The masks that were written go up; `lines` [len(new)] int64 are `new` on the device."""
         if self._in_place is None and self.new:
-            staged = self._staged[: len(self.new)].to(self.masks.device, non_blocking=True)
-            self.masks.index_copy_(0, lines, staged)
+            self.masks.index_copy_(0, lines, upload(self._staged[: len(self.new)], self.masks.device))
