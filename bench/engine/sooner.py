@@ -31,6 +31,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from bench.engine.tiers import SIZES
+from bench.lib.returning import Idle
 from engine.cache.tiers import TierOptions
 from engine.messages.assets import Need
 from engine.messages.request import Admit
@@ -71,7 +72,7 @@ class Shape:
     prompt: float = 0.0045  # more of a step with prompts, and of each of their tokens beyond the first hundred
     token: float = 24.5e-6
     disk: float = (2 << 20) / 1.80e9  # of a page
-    bus: float = (2 << 20) / 45e9  # each way, both at once
+    bus: float = (2 << 20) / 40e9  # each way, both at once
 
 
 @dataclass
@@ -173,7 +174,7 @@ class Simulation:
         self.wanted: dict[int, float] = {}
         self.histories = [self.text(shape.first) for _ in range(shape.conversations)]
         self.asked: dict[str, tuple[int, float]] = {}  # by rid: whose turn, and since when
-        self.idle, self.left = set(range(shape.conversations)), list[int]()
+        self.idle, self.left = Idle(shape.conversations, self.random), list[int]()
         self.found, self.ended = Outcome(), 0.0
 
     def text(self, tokens: int) -> list[int]:
@@ -213,9 +214,7 @@ class Simulation:
     def ask(self) -> None:
         if not self.left:
             return
-        number = self.left.pop(0)
-        number = self.random.choice(sorted(self.idle)) if number < 0 else number
-        self.idle.discard(number)
+        number = self.idle.take(self.left.pop(0))
         self.histories[number] += self.text(self.shape.new)
         rid = str(next(self._count))
         self.asked[rid] = number, self.now

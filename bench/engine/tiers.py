@@ -8,7 +8,7 @@ Two engines with dummy weights and a device cache of 12 GiB (--cache-tokens), on
 when the first row needs it, and kept:
 
     check    first of all: a reply is the same, id by id, where its pages are on the device and where they come up
-    agents   conversations of four times the device cache; whose turn is next is drawn at random. Each turn brings a
+    agents   conversations of four times the device cache; whose turn is next is drawn. Each turn brings a
              few new tokens and gets a short reply. What is timed begins once each has been there, and the disk has
              what it is to have. Output: turns a second, and the time to the first token; for each number of agents
              of --together, as many as the device has room for being twelve. Each begins with new conversations
@@ -48,6 +48,7 @@ from msgspec import Struct, to_builtins
 
 from bench.lib.copying import drop_page_cache, file_system, from_disk_rate, from_host_rate
 from bench.lib.figures import shown
+from bench.lib.returning import Idle
 from engine import AsyncEngine, SamplingParams
 from engine.errors import counted
 from engine.messages.control import Stats, TierStats
@@ -149,13 +150,11 @@ class Conversations:
         self, whose: list[int], after: Callable[[], Awaitable[None]] | None = None, together: int = 0
     ) -> Turns:
         done = Turns(0.0, [], 0, 0)
-        idle, began = set(range(len(self.histories))), time.perf_counter()
+        idle, began = Idle(len(self.histories), self.random), time.perf_counter()
 
         async def client() -> None:
             while whose:
-                number = whose.pop(0)
-                number = self.random.choice(sorted(idle)) if number < 0 else number
-                idle.discard(number)
+                number = idle.take(whose.pop(0))
                 await self._turn(number, done)
                 idle.add(number)
                 if after is not None:

@@ -32,7 +32,7 @@ class TierOptions:
     copies: int = 1
     always: bool = False
     piece: int = 32
-    cold: int = 6
+    cold: int = 8
 
     def numbers(self) -> "itertools.count[int]":
         """Those of its moves."""
