@@ -13,8 +13,8 @@ when the first row needs it, and kept:
              what it is to have. Output: turns a second, and the time to the first token; for each number of agents
              of --together, as many as the device has room for being twelve. Each begins with new conversations
     prompt   one prompt alone: computed, and from the host, of an engine without a disk, which would be written to
-             meanwhile; beside that, what the bus takes for as many bytes. The worker tells how long the copy takes a
-             little before its end, at its pace so far
+             meanwhile; beside that, what the bus takes for as many bytes. The copy's time is that of all parts but
+             one, as a part is told of before its end, at the end of the one before
     fits     conversations that the device has room for: the engines in turn, five times
     disk     one prompt alone from the disk (--kv-fetch always), host and page cache having forgotten it; beside that,
              what the disk takes
@@ -50,6 +50,7 @@ from bench.lib.copying import drop_page_cache, file_system, from_disk_rate, from
 from bench.lib.figures import shown
 from bench.lib.returning import Idle
 from engine import AsyncEngine, SamplingParams
+from engine.cache.tickets import TierOptions
 from engine.errors import counted
 from engine.messages.control import Stats, TierStats
 from engine.options.sizes import read_size, show_size
@@ -363,7 +364,7 @@ class Bench:
                 print(f"prompt: only {cached} tokens came up", flush=True)
             elif turn:  # the first time, memory is used that was not before
                 risen.append(first)
-                copied.append((after.seconds_up - before.seconds_up) * size / (cached * self.page))
+                copied.append((after.seconds_up - before.seconds_up) * size / (cached * self.page - self.part))
         if not risen:
             raise Void("the prompt did not come from the host")
         ours, theirs = statistics.median(risen), statistics.median(computed[1:])
@@ -372,6 +373,12 @@ class Bench:
         floor, copy = size / self.bus(), statistics.median(copied)
         detail = f"{1e3 * copy:.1f} to {1e3 * floor:.1f} ms, {self.bus() / 1e9:.1f} GB/s"
         self.say("prompt", "copy from the host to the bus alone", copy / floor, "x", "<= 1.25", detail)
+
+    @property
+    def part(self) -> int:
+        """Bytes that come up at once where the device evicts."""
+        options = TierOptions(0)
+        return self.scale.cache // options.cold // options.parts * self.page
 
     def bus(self) -> float:
         """Bytes a second, measured once."""

@@ -191,6 +191,11 @@ class HostPages:
                 free.append(place.slot)
         self._free(free)
 
+    def pin(self, places: Iterable[Place]) -> None:
+        """A move in these places begins."""
+        for place in places:
+            place.pins += 1
+
     def unpin(self, places: Iterable[Place]) -> None:
         """One move in these places is over."""
         for place in places:

@@ -21,7 +21,7 @@ class TierOptions:
     of so many. Fewer pages than `least_risen` are not brought up, and fewer than `least_fetched` not asked for in a
     store: they are computed sooner. `always`: all others are waited for, else those for which that is worth it;
     `piece` of them are fetched at once. One in `cold` pages of the device, or of the host if that has fewer, is to be
-    ready to give way."""
+    ready to give way; what comes up does so in parts of one in `parts` of these, or of `least_part`."""
 
     host: int
     policy: WritePolicy = "write-through"
@@ -33,6 +33,8 @@ class TierOptions:
     always: bool = False
     piece: int = 32
     cold: int = 8
+    parts: int = 8
+    least_part: int = 16
 
     def numbers(self) -> "itertools.count[int]":
         """Those of its moves."""
@@ -42,7 +44,8 @@ class TierOptions:
 @dataclass(slots=True, eq=False)
 class Ticket:
     """A move under way. `nodes` are locked. `pages` of "up" are its own, and go on from the one node by `key`; they are
-    those of `names` from index `first` on."""
+    those of `names` from index `first` on. A part of what goes up has no node until the part before it is there, and
+    never one if that does not come."""
 
     way: Way
     places: list[Place] = field(default_factory=list)
@@ -53,6 +56,19 @@ class Ticket:
     key: bytes = b""
     stale: bool = False  # the tiers were cleared since
     ahead: bool = False  # its nodes are not used, but the next to give way
+    then: "Ticket | None" = None  # the part that goes on from it
+
+    def parts(self, most: int) -> "list[Ticket]":
+        """What goes up, in parts of `most` pages."""
+        stride, found = len(self.key) // len(self.pages), list[Ticket]()
+        for at in range(0, len(self.pages), most):
+            end, nodes = at + most, [] if at else self.nodes
+            key = self.key[at * stride : end * stride]
+            part = Ticket("up", self.places[at:end], self.pages[at:end], nodes, self.names, self.first + at, key)
+            if found:
+                found[-1].then = part
+            found.append(part)
+        return found
 
 
 @dataclass(slots=True)

@@ -87,8 +87,7 @@ class Tiers:
             self.clearing.sent(self._send(Ticket("clear"), self._after))
         if self.options.stores and not self.clearing.wanted:
             for places in self.keeping.due(reading=self.fetching.busy):
-                for place in places:
-                    place.pins += 1
+                self.host.pin(places)
                 self._send(Ticket("keep", places), self._after)
             self._fetch_more()
         found, self._after = self._after, []
@@ -231,38 +230,40 @@ class Tiers:
 
     def rise(self, node: Node, key: bytes, names: Sequence[bytes], first: int, pages: list[int]) -> int:
         """Move the pages of `names` from index `first` on, which are there, up to `pages`, taken from the pool. They go
-        on from `node` by `key`; it is locked, and both are the move's from now on. The number of the move."""
+        on from `node` by `key`; it is locked, and both are the move's from now on. Where the device evicts they go in
+        parts: others go down meanwhile, to places that these have left. The number of the last."""
         rising = names[first : first + len(pages)]
         places = [place for name in rising if (place := self.host.get(name)) is not None]
         assert len(places) == len(pages) and all(place.there for place in places), "a page goes up that is not there"
-        for place in places:
-            place.pins += 1
-        number = self._send(Ticket("up", places, pages, [node], names, first, key), self._after)
-        self._rising.update(dict.fromkeys(rising, number))
+        self.host.pin(places)
+        most = max(self.options.least_part, self._most_cold // self.options.parts) if self._most_cold else len(pages)
+        for part in Ticket("up", places, pages, [node], names, first, key).parts(most):
+            number = self._send(part, self._after)
+            self._rising.update((place.name, number) for place in part.places)
         return number
 
     def _risen(self, ticket: Ticket, done: Sequence[bool]) -> None:
-        (node,), pages = ticket.nodes, ticket.pages
-        count = 0
-        while count < len(pages) and done[count] and not ticket.stale:
+        nodes, pages, count = ticket.nodes, ticket.pages, 0
+        while nodes and count < len(pages) and done[count] and not ticket.stale:
             count += 1
         self.host.unpin(ticket.places)
         for index, (place, is_done) in enumerate(zip(ticket.places, done, strict=True)):
             del self._rising[place.name]
             if not is_done:
                 self.host.forget(place)
-            if index < count and place.fetched:
-                place.fetched = False
-                self.counts.from_store += 1
-            elif index < count:
-                self.counts.from_host += 1
+            self.counts.from_store += index < count and place.fetched
+            self.counts.from_host += index < count and not place.fetched
+            place.fetched = place.fetched and index >= count
         if count:
             key = ticket.key[: len(ticket.key) // len(pages) * count]
-            node, held = self._tree.extend(node, key, pages[:count])
+            nodes[0], held = self._tree.extend(nodes[0], key, pages[:count])
             self._pool.give(pages[: len(held)])
             self.device.remember(ticket.names, ticket.first + len(held), pages[len(held) : count])
         self._pool.give(pages[count:])
-        self._tree.unlock(node)
+        if ticket.then is not None and count == len(pages):
+            ticket.then.nodes, nodes = nodes, []
+        for node in nodes:
+            self._tree.unlock(node)
 
     # ── store ────────────────────────────────────────────────────────────────────────────────
 

@@ -78,7 +78,7 @@ class Loop:
                     self._finish_first()
                 with self._profiler.launching(message):
                     if runner.transfers is not None:
-                        runner.transfers.follow()
+                        runner.transfers.follow(message)
                     self._in_flight.append(runner.launch(message, self._catch_up))
                 PROGRESS.device_at(self._in_flight[0].step)
             case Load():

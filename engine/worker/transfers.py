@@ -7,18 +7,18 @@
 On a GPU the copies are DMA, so they take no multiprocessor from the steps. They are on three streams: what goes up,
 what goes down, and what has to wait for a step before it goes down, so that nothing else waits with it. A move waits on
 the device for all steps launched before it, if one of them may use its pages (steps/uses.py): one may write what goes
-down, or still use a page that was freed and is to be written. Steps wait for a copy in two cases, on the device. One is
-a copy that `holds`, whose pages they write over. The other is the rest of a copy up that is told of: it is told of a
-little before its end, as the way of the answer to the scheduler, and that of the plan back, take as long. The scheduler
-lets no step touch the pages of any other move before its answer. Whoever waits on the host for a copy, a disk or
-another process is a thread.
+down, or still use a page that was freed and is to be written. A step waits for a copy in two cases, on the device. One
+is a copy that `holds`, whose pages it writes over. The other is the rest of a copy up whose pages it is the first to be
+given. That is told of a little before its end, as the way of the answer to the scheduler, and that of the plan back,
+take as long. The scheduler lets no step touch the pages of any other move before its answer. Whoever waits on the host
+for a copy, a disk or another process is a thread.
 
 A page of all layers of a KV group is one piece of memory (memory.py), so a page is a copy for each group, and where
 there is one group, neighbours that stay neighbours are copied at once. All that is given to a stream is one call
-(copying.py). What else is copied waits behind all that a stream was given, so that is not everything: a thread gives it
-the next ones when the first have come. A step itself copies nothing over the bus (layers/batch.py, steps/results.py):
-so these may take as long as that thread may have to wait for Python. Heads, latents, windows
-and FP8 are all alike here: scales of FP8 belong to layers, not to pages. Left out: single layers of a page
+(copying.py). What else is copied the same way waits behind all that a stream was given, so that is not everything: a
+thread gives it the next ones when the first have come. A step copies hardly anything over the bus (layers/batch.py,
+steps/results.py), so these may take as long as that thread may have to wait for Python. Heads, latents, windows and FP8
+are all alike here: scales of FP8 belong to layers, not to pages. Left out: single layers of a page
 (docs/tiers.md says why).
 """
 
@@ -125,7 +125,7 @@ class Transfers:
             pin(self._host)
             self._batch = batched()
             self._streams = {way: torch.cuda.Stream(device) for way in ("down", "late", "up")}
-        self._told: torch.cuda.Event | None = None  # the end of the last copy up that was told of
+        self._told: tuple[torch.cuda.Event, np.ndarray] | None = None  # the end of the last copy up told of, its pages
         self._held: dict[str, torch.cuda.Event] = {}  # and of the last copy of each stream that held a step
         self._clears = 0  # what was to be kept before the last of them is dropped, unless the store has begun
         self._copiers = {way: Threads(1, way) for way in ("down", "late", "up")}
@@ -150,9 +150,9 @@ class Transfers:
     def begin(self, move: Move, tell: Tell) -> None:
         """Do `move` beside the steps that come, and `tell` of it from any thread. Steps launched before it come first;
         if it `holds`, those launched after it come last."""
-        began = time.perf_counter()
+        asked = time.perf_counter()
 
-        def answer(done: Sequence[bool], part: float = 1.0, **more: Any) -> None:
+        def answer(done: Sequence[bool], began: float = asked, part: float = 1.0, **more: Any) -> None:
             seconds = (time.perf_counter() - began) / part
             with suppress(ConnectionError):  # who asked is gone
                 tell(Moved(move.number, bytes(done), seconds, **more))
@@ -176,19 +176,18 @@ class Transfers:
 
     # ── device and host ──────────────────────────────────────────────────────────────────────
 
-    def follow(self) -> None:
-        """Let all that the device is given from now on come after the copies up that were told of."""
-        self._follow(torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None)
+    def follow(self, plan: StepPlan) -> None:
+        """Let the step of `plan`, which is to be launched, come after the copy up that was told of last, if it is the
+        first that is given some of its pages. Others run while the rest of that comes; all before it have come."""
+        if (told := self._told) is not None and plan.pages and not told[0].query():
+            given = np.frombuffer(plan.pages, "<i4").reshape(-1, 3)[:, 2]
+            if np.isin(given, told[1]).any():
+                torch.cuda.current_stream(self._device).wait_event(told[0])
 
     def launched(self, plan: StepPlan, end: End) -> None:
         """The step of `plan`, which is this rank's, is under way: copies of pages that it may use come after it."""
         if self._uses is not None:
             self._uses.launched(plan, end)
-
-    def _follow(self, stream: "torch.cuda.Stream | None") -> None:
-        told = self._told
-        if told is not None and stream is not None and not told.query():
-            stream.wait_event(told)
 
     def _copy_pages(self, move: Move, answer: Callable[..., None]) -> None:
         pages, slots = (np.frombuffer(each, "<i4") for each in (move.pages, move.slots))
@@ -215,7 +214,7 @@ class Transfers:
         elif move.way == "up":
             first += self._held.values()  # which may still read the pages
         if move.way == "up":
-            return self._submit("up", move, answer, lambda: self._copy_up(copies, current, first))
+            return self._submit("up", move, answer, lambda: self._copy_up(pages, copies, current, first))
         copier = "late" if waits else "down"
         stream = self._streams[copier]
 
@@ -223,7 +222,8 @@ class Transfers:
             with torch.cuda.device(self._device), torch.cuda.stream(stream):
                 for event in first:
                     stream.wait_event(event)
-                self._follow(stream)  # a copy up may still read the places
+                if (told := self._told) is not None:  # which may still read the places
+                    stream.wait_event(told[0])
                 return self._issue("down", copies, stream, paced=paced)
 
         def wait(ended: torch.cuda.Event) -> float:
@@ -242,6 +242,7 @@ class Transfers:
         A copy that fails has not been done: who waits for it computes, and so learns whether the device is lost."""
 
         def job() -> None:
+            began = time.perf_counter()
             try:
                 part = copy()
             except Exception as error:
@@ -249,15 +250,21 @@ class Transfers:
                 with suppress(Exception):  # it may fail as well
                     self._streams[copier].synchronize()  # nothing of it is under way any more
                 cause = f"a copy of KV pages ({move.way}) fails: {type(error).__name__}: {error}"
-                return answer([False] * move.count, cause=cause)
-            return answer([True] * move.count, part=part)
+                return answer([False] * move.count, began, cause=cause)
+            return answer([True] * move.count, began, part)
 
         self._copiers[copier].submit(job)
 
-    def _copy_up(self, copies: list[Copy], steps: "torch.cuda.Stream", first: "Sequence[torch.cuda.Event]") -> float:
-        """Copy up after those events, and return when that is to be told of; `follow` does the rest. Where no step is
-        under way on the stream of the `steps`, that is sooner, because nobody who runs can be delayed. The part that
-        the time so far is of all that it takes, about."""
+    def _copy_up(
+        self,
+        pages: np.ndarray,
+        copies: list[Copy],
+        steps: "torch.cuda.Stream",
+        first: "Sequence[torch.cuda.Event]",
+    ) -> float:
+        """Copy `pages` up after those events, and return when that is to be told of; `follow` does the rest. Where no
+        step is under way on the stream of the `steps`, that is sooner, because nobody who runs can be delayed. The part
+        that the time so far is of all that it takes, about."""
         stream = self._streams["up"]
         idle, busy = (_before(copies, size // self._ends[-1]) for size in (IDLE_AHEAD_BYTES, AHEAD_BYTES))
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
@@ -268,7 +275,7 @@ class Transfers:
         sooner.synchronize()
         if not (is_idle := steps.query()):
             soon.synchronize()
-        self._told = ended  # of all copies up, which the stream does in order
+        self._told = ended, pages
         over = sum(count for _, _, count in copies[: idle if is_idle else busy])
         share = over / sum(count for _, _, count in copies)
         return share if share > 0.5 else 1.0  # of less, what it waited for would count as its pace
@@ -343,7 +350,7 @@ class Transfers:
                 return store.has(names)
             case "fetch":
                 if (told := self._told) is not None:
-                    told.synchronize()  # it may still read the places
+                    told[0].synchronize()  # it may still read the places
                 cuts = [*range(0, len(names), READ_AT_ONCE), len(names)]
                 parts = list(pairwise(cuts))
                 read = self._reading.map(lambda part: store.get(names[slice(*part)], views[slice(*part)]), parts)

@@ -14,7 +14,7 @@ from simulated_device import SimulatedDevice
 from engine.messages.tiers import NAME_BYTES, Move, Moved
 
 RUBBISH = "rubbish"
-WRITES = ("keep", "clear")
+IN_ORDER = {"keep": ("keep", "clear"), "clear": ("keep", "clear"), "up": ("up",)}
 
 
 class SimulatedTiers:
@@ -41,8 +41,8 @@ class SimulatedTiers:
 
     def finish(self, index: int = 0, failing: bytes = b"") -> Moved:
         """End a move of those under way; where `failing` has a byte, its pages have not come."""
-        if self.moving[index].way in WRITES:  # one after the other
-            index = next(place for place, move in enumerate(self.moving) if move.way in WRITES)
+        if (ways := IN_ORDER.get(self.moving[index].way)) is not None:  # one after the other
+            index = next(place for place, move in enumerate(self.moving) if move.way in ways)
         move = self.moving.pop(index)
         slots, pages = list(array("i", move.slots)), list(array("i", move.pages))
         names = [move.names[at : at + NAME_BYTES] for at in range(0, len(move.names), NAME_BYTES)]

@@ -39,8 +39,8 @@ class TierBench(Bench):
     Moves end when they are told to. Then the pages fail for which `failing` has a byte. The store takes `fetch` times
     as long for a page as the device for a token, as far as that is known."""
 
-    def __init__(self, host, write="write-through", stores=True, fetch=0.0, cold=6, **options):
-        super().__init__(**options, tiers=TierOptions(host, write, stores, 1, 1, piece=2, cold=cold))
+    def __init__(self, host, write="write-through", stores=True, fetch=0.0, cold=6, part=16, **options):
+        super().__init__(**options, tiers=TierOptions(host, write, stores, 1, 1, piece=2, cold=cold, least_part=part))
         self.below = SimulatedTiers(self.device, host)
         self.moves = Moves([self.scheduler])
         if fetch:
@@ -149,6 +149,7 @@ class AnythingMoves(AnythingHappens):
         stores=st.sampled_from([True, True, False]),
         fetch=st.sampled_from([0.0, 1.0, 10.0]),
         cold=st.sampled_from([1, 2, 6]),
+        part=st.sampled_from([1, 2, 16]),
     )
     def start(self, burst, lanes, **options):
         burst = burst if lanes == 1 else 1
@@ -217,11 +218,11 @@ TestAnythingMoves.settings = settings(max_examples=60, stateful_step_count=40, d
 # ── conversations that come back, again and again ────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("write", get_args(WritePolicy))
-def test_conversations_come_back_right_whatever_fails(write):
+@pytest.mark.parametrize(("write", "part"), [(write, part) for write in get_args(WritePolicy) for part in (1, 16)])
+def test_conversations_come_back_right_whatever_fails(write, part):
     """Half of the moves end late, some fail, some requests are aborted, and the device is lost now and then."""
     draw = random.Random(write)
-    bench = TierBench(30, write=write, pages=12, page_size=2, slots=3, max_step_tokens=9)
+    bench = TierBench(30, write=write, part=part, pages=12, page_size=2, slots=3, max_step_tokens=9)
     histories = [[] for _ in range(6)]
     for turn in range(400):
         number = draw.randrange(6)

@@ -11,6 +11,7 @@ import torch
 from simulated_cuda import Stream, simulate, until
 from test_transfers import HEADS, Mover, names
 
+from engine.messages.step import StepPlan
 from engine.messages.tiers import Move, Moved
 from engine.worker import transfers
 from engine.worker.steps.uses import PageUses
@@ -34,9 +35,11 @@ class StreamMover(Mover):
         packed = array("i", pages).tobytes(), array("i", slots).tobytes()
         self.transfers.begin(Move(self.number, way, *packed, **more), self.told.put)
 
-    def launch(self, seen: list[int]) -> None:
-        """A step, which sees the pages: those that have come are of one number."""
-        self.transfers.follow()
+    def launch(self, seen: list[int], given: Sequence[int] = (0, 1, 2, 3)) -> None:
+        """A step, which sees the pages: those that have come are of one number. It is the first that is `given` some
+        of them."""
+        pages = array("i", [number for page in given for number in (0, page, page)])
+        self.transfers.follow(StepPlan(0, pages=pages.tobytes()))
         self.cuda.main.put(lambda: seen.extend(self.bytes_of(page) for page in range(4)))
 
     def bytes_of(self, page: int) -> int:
@@ -98,6 +101,24 @@ def test_steps_wait_for_the_rest_of_a_copy_up_once_it_is_told_of(mover: StreamMo
     assert later == seen
 
 
+def test_a_step_that_is_given_none_of_the_pages_does_not_wait_for_them(mover: StreamMover) -> None:
+    rise(mover)
+    other: list[int] = []
+    none: list[int] = []
+    given: list[int] = []
+    mover.launch(other, [7, 5])
+    mover.launch(none, [])
+    mover.cuda.main.go_on()
+    assert other == none == [200, 0, 0, 0]
+    mover.launch(given, [5, 3])
+    mover.launch(none, [])  # what comes behind it waits with it
+    mover.cuda.main.go_on()
+    assert (given, len(none)) == ([], 4)
+    mover.up.go_on()
+    mover.cuda.main.go_on()
+    assert given == none[4:] == [200, 201, 202, 203]
+
+
 def test_a_page_that_goes_down_to_a_place_waits_for_the_copy_up_from_there(mover: StreamMover) -> None:
     rise(mover)
     mover.begin("down", [5], [3])
@@ -131,7 +152,7 @@ def test_a_short_copy_up_is_told_of_as_it_begins_and_has_taken_what_it_took(move
     assert mover.told.empty()  # the steps before it are under way
     mover.cuda.main.go_on()
     mover.up.go_on(1)
-    assert mover.answer().done == b"\1\1" and not mover.transfers._told.query()  # type: ignore[union-attr]
+    assert mover.answer().done == b"\1\1" and not mover.transfers._told[0].query()  # type: ignore[index]
     mover.up.go_on()
     assert (mover.bytes_of(1), mover.bytes_of(0)) == (204, 202)
 
@@ -151,7 +172,8 @@ def test_a_page_that_is_written_back_is_not_written_over_before(mover: StreamMov
 def test_the_time_of_a_copy_that_is_told_of_ahead_is_that_of_all_its_pages(
     mover: StreamMover, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfers, "time", SimpleNamespace(perf_counter=iter([10.0, 16.0, 20.0, 26.0]).__next__))
+    clock = iter([9.0, 10.0, 16.0, 19.0, 20.0, 26.0])  # asked for, begun and told of
+    monkeypatch.setattr(transfers, "time", SimpleNamespace(perf_counter=clock.__next__))
     for name in ("AHEAD_BYTES", "IDLE_AHEAD_BYTES"):
         monkeypatch.setattr(transfers, name, HEADS.page_bytes)
     mover.begin("up", [0, 1, 2, 3], [0, 1, 2, 3])

@@ -46,7 +46,8 @@ class GpuBench(Bench):
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, draw: random.Random, host: int, write: WritePolicy, **options: Any
     ) -> None:
-        super().__init__(**options, tiers=TierOptions(host, write, False, 1, 1, cold=draw.choice([1, 2, 6])))
+        more = {"cold": draw.choice([1, 2, 6]), "least_part": draw.choice([1, 2, 16])}
+        super().__init__(**options, tiers=TierOptions(host, write, False, 1, 1, **more))
         self.draw, size = draw, self.device.page_size
         self.cuda = simulate(monkeypatch, COPY_BYTES=8 * size, AHEAD_BYTES=8 * size, IDLE_AHEAD_BYTES=16 * size)
         memory = Memory(torch.full((self.device.pages, size), UNKNOWN, dtype=torch.int64))
@@ -70,7 +71,7 @@ class GpuBench(Bench):
         plan = self.scheduler.plan(self.now)
         self.begin(self.moves.before())
         if plan is not None:
-            self.transfers.follow()
+            self.transfers.follow(plan)
             done: list[Any] = []
             end = self.cuda.Event()
             self.cuda.main.put(lambda: done.append(self.device.run(plan)))
