@@ -203,6 +203,7 @@ class Bench:
             self.scale.together = tuple(map(int, given.together.split(",")))
         self.figures: list[Figure] = []
         self.vocabulary = self.page = 0  # of the model: tokens, and bytes a token
+        self.page_size = 0
         self._engines: dict[str, AsyncEngine] = {}
         self._bus = 0.0
 
@@ -240,7 +241,7 @@ class Bench:
         async with AsyncEngine(kv_tokens=self.scale.cache, spare_worker=False, **options) as engine:
             info = await engine.front.ready()
             self.vocabulary = info.vocab_size - 512
-            self.page = info.kv_bytes_per_token
+            self.page, self.page_size = info.kv_bytes_per_token, info.page_size
             print(
                 f"an engine with {options or 'no tiers'} is ready after {time.perf_counter() - began:.1f} s", flush=True
             )
@@ -378,7 +379,7 @@ class Bench:
     def part(self) -> int:
         """Bytes that come up at once where the device evicts."""
         options = TierOptions(0)
-        return self.scale.cache // options.cold // options.parts * self.page
+        return options.part(self.scale.cache // self.page_size // options.cold) * self.page_size * self.page
 
     def bus(self) -> float:
         """Bytes a second, measured once."""

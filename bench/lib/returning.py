@@ -16,7 +16,7 @@ class Idle:
         self._random = random
         self._strata: list[int] = []
 
-    def take(self, number: int = -1) -> int:
+    def take(self, number: int) -> int:
         """Conversation `number`, or if that is less than 0 one that is drawn; it is idle no more."""
         if number >= 0:
             self._order.remove(number)

@@ -40,6 +40,10 @@ class TierOptions:
         """Those of its moves."""
         return itertools.count(self.copy + self.copies, self.copies)
 
+    def part(self, ready: int) -> int:
+        """How many pages come up at once where so many are to be ready."""
+        return max(self.least_part, ready // self.parts)
+
 
 @dataclass(slots=True, eq=False)
 class Ticket:

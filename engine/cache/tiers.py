@@ -236,7 +236,7 @@ class Tiers:
         places = [place for name in rising if (place := self.host.get(name)) is not None]
         assert len(places) == len(pages) and all(place.there for place in places), "a page goes up that is not there"
         self.host.pin(places)
-        most = max(self.options.least_part, self._most_cold // self.options.parts) if self._most_cold else len(pages)
+        most = self.options.part(self._most_cold) if self._most_cold else len(pages)
         for part in Ticket("up", places, pages, [node], names, first, key).parts(most):
             number = self._send(part, self._after)
             self._rising.update((place.name, number) for place in part.places)

@@ -153,7 +153,7 @@ class Batch:
 
 
 def upload(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """A device copy of a host array, which waits neither for the device nor for what else is on the bus."""
+    """A device copy of a host array, which does not wait for the device; nor, up to 1 MiB, for what else is copied."""
     host = torch.from_numpy(numbers)
     if device.type == "cpu":
         return host
