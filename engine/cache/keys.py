@@ -7,13 +7,16 @@ same placeholder, whatever it shows, so its keys come from the hash of its conte
     keys    12   7  -a  -b  -c  -d   4           -a .. -d: derived from the hash of what it shows
 
 Keys are int32, as ids are, so text needs no second array and the tree's memory and comparisons stay as they are. Keys
-of media are negative, and no token id is, so neither is ever taken for the other. Each value has 31 bits of a hash
-over content and length, so a page that holds k tokens of another picture is taken for its own once in 2^(31 k).
+of media are less than -1, and no token id is, so neither is ever taken for the other. Each value has 31 bits of a hash
+over content and length, so a page that holds k tokens of another picture is taken for its own once in 2^(31 k). A page
+of -1 alone is no text: behind a prefix it stands for the state of a recurrent model there (sched/states.py).
 """
 
 import hashlib
 from array import array
 from collections.abc import Iterable
+
+STATE = -1  # the key of what is no token
 
 
 def media_keys(content: bytes, count: int) -> "array[int]":
@@ -23,7 +26,7 @@ def media_keys(content: bytes, count: int) -> "array[int]":
     well, so a run is never the beginning of a longer one."""
     assert count > 0, "a medium takes at least one token"
     drawn = array("I", hashlib.shake_256(count.to_bytes(4, "little") + content).digest(4 * count))
-    return array("i", [-1 - (value >> 1) for value in drawn])
+    return array("i", [max(-2 - (value >> 1), -(1 << 31)) for value in drawn])
 
 
 def keys_with(ids: "array[int]", runs: Iterable[tuple[int, "array[int]"]]) -> "array[int]":

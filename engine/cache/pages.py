@@ -11,7 +11,7 @@ from typing import Self
 from engine.cache.blocks import HeldBlocks, Named
 from engine.cache.pins import Pins
 from engine.cache.pool import PagePool
-from engine.cache.radix import RadixTree
+from engine.cache.radix import Node, RadixTree
 from engine.cache.tiers import TierOptions, Tiers
 from engine.messages.cache import Blocks
 
@@ -76,12 +76,16 @@ class CachePages:
         nodes = self.tree.below(key, salt)
         if any(node.locks for node in nodes):
             return False
+        self.remove(nodes)
+        return True
+
+    def remove(self, nodes: list[Node]) -> None:
+        """Free the pages of `nodes`, which nobody locks, with all that go on from them."""
         self.pins.let_go(nodes)
         freed = self.tree.remove(nodes)
         if self.tiers is not None:
             self.tiers.device.forget(freed)
         self._free(freed)
-        return True
 
     def _free(self, pages: list[int]) -> None:
         """The tree has these no more."""

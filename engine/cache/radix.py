@@ -69,6 +69,18 @@ class RadixTree:
         """How many pages `match` would give; changes nothing."""
         return self._descend(self._root(salt), key)[1] // self._stride
 
+    def ends(self, key: bytes, salt: bytes = b"") -> list[tuple[Node, int]]:
+        """The nodes that end on the way along `key`, the first one first, and how many of its bytes lead there."""
+        path, at, part = self._descend(self._root(salt), key)
+        if path and part < len(path[-1].key):
+            at -= part
+            path.pop()
+        found: list[tuple[Node, int]] = []
+        for node in reversed(path):
+            found.append((node, at))
+            at -= len(node.key)
+        return found[::-1]
+
     def _root(self, salt: bytes) -> Node:
         """The root of `salt`; a new one counts only once `extend` has given it a child."""
         return self._roots.get(salt) or Node(salt, [], None)

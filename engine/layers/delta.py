@@ -6,7 +6,7 @@
 
 Two states of each request are kept, and no pages: the last inputs of the convolution, and the memory of each value
 head, in float32. Heads are divided over the ranks that share attention, and what belongs to a head goes with it. Left
-out: states at ends of cached prefixes, biases, activations other than silu.
+out: biases, activations other than silu.
 """
 
 from dataclasses import dataclass

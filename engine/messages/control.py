@@ -12,8 +12,9 @@ class WorkerReady(Message, frozen=True):
     `pages` of `page_size` tokens; a step takes `slots` rows and `max_step_tokens`. Where attention runs in `copies`,
     each has so many pages and tokens, and an equal share of the slots. `phases` maps a start-up phase to its seconds.
     A model that makes vectors of `embedding_size` generates no text; of others it is 0. `modules` are those that this
-    start imported, for a spare worker: the executor keeps them to itself. A `recurrent` model keeps states of requests,
-    which no page holds: no cached prefix serves it, and no drafts. `attention_work` is what each token of context adds
+    start imported, for a spare worker: the executor keeps them to itself. A `recurrent` model keeps states of requests:
+    no drafts serve it, and a cached prefix does where a copy of its state is in `state_pages` of the cache. Where that
+    is 0 there are no pages for it, and so no cached prefixes. `attention_work` is what each token of context adds
     to the work that a token of a prompt takes, as a part of what that is without context. A `mixture` has experts, of
     which questions tell; `exchange` says how tokens reach those of other ranks, for people; "" if there are none. Below
     the device are `host_pages`, and if it `stores`, what keeps pages by their names. A model that sees makes
@@ -33,6 +34,7 @@ class WorkerReady(Message, frozen=True):
     embedding_size: int = 0
     modules: tuple[str, ...] = ()
     recurrent: bool = False
+    state_pages: int = 0
     attention_work: float = 0.0
     copies: int = 1
     mixture: bool = False

@@ -27,7 +27,8 @@ class SlotAdmit(Part, frozen=True):
     sample it. If its prompt's log-probabilities are asked for, those of its first `scored` + 1 tokens are known.
     `bound` are the things on the device that it uses. It ends at `limit` tokens, which only rows that yield drafts look
     at. `positions` (int32 [3, prompt_len]) are where rotary embedding places the prompt, where that is not its index;
-    what comes after goes on behind the largest."""
+    what comes after goes on behind the largest. Its state, if the model has any, begins as the `state` pages (int32)
+    have it, and as zeros where there are none."""
 
     slot: int
     ids: bytes
@@ -37,12 +38,21 @@ class SlotAdmit(Part, frozen=True):
     bound: tuple[Bound, ...] = ()
     limit: int = 0
     positions: bytes = b""
+    state: bytes = b""
+
+
+class KeptState(Part, frozen=True):
+    """The state of `slot` is copied to these `pages` (int32): as many as the rank that needs most of them takes."""
+
+    slot: int
+    pages: bytes
 
 
 class StepPlan(Message, frozen=True):
     """scheduler → every rank: all that one step needs, in the order it is applied.
 
-    `admits`, then `pages` (int32 [n, 3]: slot, index in the slot's page list, page), then the forward pass over R rows,
+    `keeps`, so of states as the steps before have left them, then `admits`, which may begin with these, then `pages`
+    (int32 [n, 3]: slot, index in the slot's page list, page), then the forward pass over R rows,
     whose columns are int32 [R]. Row r computes `lengths[r]` positions of slot `slots[r]` from `starts[r]` on, and
     `yields[r]` says what comes of them:
 
@@ -79,6 +89,7 @@ class StepPlan(Message, frozen=True):
     lane: int = 0
     encodes: bytes = b""
     forgets: bytes = b""
+    keeps: tuple[KeptState, ...] = ()
 
 
 class Logprobs(Part, frozen=True):

@@ -65,7 +65,8 @@ class KVSpec(Struct, frozen=True):
     """What a model keeps of requests, declared by it together with its attention backend: pages, and states.
 
     A page is `page_size` consecutive tokens of one request in every layer of every group. `states` are what a request
-    holds once. No page holds them, so a model that has any computes every prompt from its first token.
+    holds once. A copy of them at the end of a cached prefix lies in `state_pages` of the cache, as bytes. Without it a
+    prefix serves nobody, so a model that has states and no groups computes every prompt from its first token.
     """
 
     page_size: int
@@ -85,6 +86,11 @@ class KVSpec(Struct, frozen=True):
     def slot_bytes(self) -> int:
         """Bytes of the states of one request."""
         return sum(group.slot_bytes for group in self.states)
+
+    @property
+    def state_pages(self) -> int:
+        """Pages that a copy of the states of one request takes; 0 where there are none, or no pages."""
+        return -(-self.slot_bytes // self.page_bytes) if self.page_bytes else 0
 
 
 # ── checkpoints ──────────────────────────────────────────────────────────────────────────────

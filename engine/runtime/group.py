@@ -353,9 +353,17 @@ def least_of(ranks: Sequence[WorkerReady]) -> WorkerReady:
         kv_bytes_per_token=sum(ready.kv_bytes_per_token for ready in ranks) // ranks[0].copies,
         phases=phases,
         recurrent=any(ready.recurrent for ready in ranks),
+        state_pages=state_pages_of(ranks),
         modules=tuple(dict.fromkeys(name for ready in ranks for name in ready.modules)),
         device=ranks[0].device if len(ranks) == 1 else f"{len(ranks)} × {ranks[0].device}",
     )
+
+
+def state_pages_of(ranks: Sequence[WorkerReady]) -> int:
+    """Pages for a copy of a request's states: as many as any rank needs. 0 if one has states and no pages."""
+    if any(ready.recurrent and not ready.state_pages for ready in ranks):
+        return 0
+    return max(ready.state_pages for ready in ranks)
 
 
 def unlike(ranks: Sequence[WorkerReady]) -> str:

@@ -38,12 +38,12 @@ from engine.sched.columns import StepColumns
 from engine.sched.encoder import Encoder
 from engine.sched.integrity import check_pages, check_slots
 from engine.sched.lanes import Lanes
-from engine.sched.limits import check_fits, check_whole, pages_for
+from engine.sched.limits import check, pages_for
 from engine.sched.live import LiveRequests
 from engine.sched.parts import Parts
 from engine.sched.places import Places
 from engine.sched.reply import Reply
-from engine.sched.request import Request, rank
+from engine.sched.request import Request
 
 
 class Scheduler:
@@ -53,7 +53,8 @@ class Scheduler:
     shows, in seconds. `policy` orders the queue. The device proposes up to `drafts` tokens a row. With `chunks` it is a
     pipeline, whose stages need a lane of rows each. `held` is told of the blocks of prompts that the cache holds. Of
     copies of attention it schedules number `copy`, whose slots come after those of the copies before it, and `live` are
-    the requests of all. Pages may lie in `tiers` below the device. Nothing but `admit` refuses.
+    the requests of all. Pages may lie in `tiers` below the device. A copy of a request's states takes `state_pages`, if
+    the model has any. Nothing but `admit` refuses.
     """
 
     def __init__(
@@ -75,8 +76,10 @@ class Scheduler:
         live: LiveRequests | None = None,
         tiers: TierOptions | None = None,
         encoder: Encoder | None = None,
+        state_pages: int = 0,
     ) -> None:
         assert chunks is None or not drafts, "stages of a pipeline do not know where rows of drafts begin"
+        assert not (state_pages and drafts), "a state that a wrong draft has changed cannot be taken back"
         self.page_size = page_size
         self.slots = range(copy * slots, (copy + 1) * slots)
         self.max_model_len = max_model_len
@@ -86,6 +89,7 @@ class Scheduler:
         self.fronts = fronts  # that requests come from
         self.chunks = chunks
         self.encoder = encoder or Encoder()
+        self._state_pages = state_pages
         self._now = 0.0  # when the plan at hand is made
         self.steps = 0  # planned so far; of copies by any of them, so that a request may go from one to another
         self._prompt_tokens = self._cached_tokens = 0  # of requests that came to run, the second among the first
@@ -96,7 +100,7 @@ class Scheduler:
 
     def _start_afresh(self, pages: CachePages) -> None:
         self._pages, self._pool, self._tree = pages, pages.pool, pages.tree
-        self.places = Places(pages, self.page_size, self.prefix_cache, self.encoder)
+        self.places = Places(pages, self.page_size, self.prefix_cache, self.encoder, self._state_pages)
         # All that run, by how far the plans have got:
         self._prefilling: dict[str, Request] = {}  # not to the end of the prompt
         self._lanes = Lanes.empty(1 if self.chunks is None else self.chunks.stages, self.drafts, self.fronts)
@@ -162,10 +166,7 @@ class Scheduler:
         """Raises RequestError (400) if a request can never fit."""
         self.encoder.check(request, self.max_step_tokens)
         self.places.know(request, admit)
-        if request.pools:
-            check_whole(request, self.max_model_len, self.max_step_tokens)
-        else:
-            check_fits(request, self.max_model_len, self._pool.size, self.page_size)
+        check(request, self.max_model_len, self.max_step_tokens, self._pool.size, self.page_size)
 
     def stop(self, rid: str, keep: int | None = None) -> bool:
         """End `rid` in silence; nobody waits for tokens after its first `keep`. False if no such request lives."""
@@ -237,7 +238,8 @@ class Scheduler:
             for request in list(self._prefilling.values()):
                 if step.budget:
                     self._plan_chunk(step, request)
-            assert not (self._prefilling and step.budget), "who shares the prefix of a prompt would compute it again"
+            cut = self._prefilling and step.budget and not self.places.states
+            assert not cut, "who shares the prefix of a prompt would compute it again"
         return step
 
     def _complete(self, step: StepColumns) -> StepPlan | None:
@@ -262,7 +264,7 @@ class Scheduler:
             missing = [pages_for(tokens, self.page_size) - len(request.pages) for request, tokens in short]
             if sum(missing) <= self._pages.available:
                 break
-            self._retract(self._cheapest())
+            self._retract(self._lanes.cheapest(list(self.running_requests())))
         else:
             return
         pages = self._pages.take(sum(missing))
@@ -271,11 +273,14 @@ class Scheduler:
             request.pages += [pages.pop() for _ in range(count)]
             self._decoding.grow(request, (held + count) * self.page_size)
             step.set_pages(request, range(held, held + count))
+            if self.places.states:
+                self.places.grow(step, request, held * self.page_size, self.running)
 
     def _plan_chunk(self, step: StepColumns, request: Request) -> None:
         """Compute as much of `request` as the budget allows; at its end, draw a token. Its tokens are all known."""
         start, length = request.computed, len(request.ids)
-        end = most = min(length, start + step.budget)
+        self.places.states.mark(step, request, self.running)
+        end = most = min(length, start + step.budget, *request.marks[:1])
         if self.chunks is not None:
             end = self.chunks.cut(step, start, end, self.page_size)
         if request.shown:
@@ -285,7 +290,8 @@ class Scheduler:
         request.computed = end
         step.set_pages(request, self.places.share(request, end))
         if end < length:
-            step.budget = 0  # nobody comes between its chunks, also where media have ended this one
+            if not self.places.states.due(request):
+                step.budget = 0  # nobody comes between its chunks, also where media have ended this one
             return
         del self._prefilling[request.rid]
         if length + 1 == request.limit:
@@ -388,16 +394,6 @@ class Scheduler:
         for request in list(self.running_requests()):
             self._retract(request)
 
-    def _cheapest(self) -> Request:
-        """Whom to retract: lowest priority, then least computed; never the one that must make progress."""
-        kept = min(self.running_requests(), key=rank)
-        others = (request for request in self.running_requests() if request is not kept)
-        return min(
-            others,
-            key=lambda request: (request.priority, self._lanes.computed(request), -request.arrival),
-            default=kept,  # alone beside moves under way, whose pages it may have soon
-        )
-
     def _release(self, request: Request, end: int | None = None) -> None:
         """The one place where a running request gives back its pages, its locks and its slot. Pages of known
         tokens (before position `end`, if given) stay in the cache.
@@ -420,10 +416,11 @@ class Scheduler:
 
     def _pin(self, request: Request) -> None:
         """Keep the pages where `request` ended for its program and its session."""
-        if request.program is not None and request.node is not None:
-            self._pages.pins.keep(request.program, request.node, PROGRAM_SECONDS, MOST_BRANCHES)
+        end = self.places.states.last(request.node) if self.places.states else request.node
+        if request.program is not None and end is not None:
+            self._pages.pins.keep(request.program, end, PROGRAM_SECONDS, MOST_BRANCHES)
         if request.session is not None:
-            self.live.sessions.leave(request.session, self._pages.pins, request.node, self._now)
+            self.live.sessions.leave(request.session, self._pages.pins, end, self._now)
 
     # ── looking ──────────────────────────────────────────────────────────────────────────────
 
@@ -445,6 +442,7 @@ class Scheduler:
         running = list(self.running_requests())
         self._pages.check_integrity()
         check_pages(self._pages, running)
+        self.places.states.check_integrity(running)
         check_slots(self.slots, self._free_slots, self._stop_ids, running)
         assert all(request.computed < len(request.ids) for request in self._prefilling.values())
         self._lanes.check_integrity(self.page_size, idle=not self._in_flight)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from types import MappingProxyType
 
-from engine.messages.step import NOTHING, TOKEN, VECTOR, SlotAdmit, StepPlan
+from engine.messages.step import NOTHING, TOKEN, VECTOR, KeptState, SlotAdmit, StepPlan
 from engine.sched.request import Request
 
 
@@ -26,6 +26,7 @@ class StepColumns:
     scoring: Mapping[int, Request] = MappingProxyType({})  # by row: whose prompt's log-probabilities the step yields
     media: set[int] | None = None  # numbers of what its chunks show, if anything
     shown = made = 0  # their embeddings, and how many of these it makes
+    keeps: tuple[KeptState, ...] = ()  # states that are copied before the step
     encodes: tuple[tuple[int, int], ...] = ()  # those that it makes: the slot that shows it, and a medium's number
     forgets: tuple[tuple[int, int], ...] = ()  # media whose embeddings make room, and for which slot
     lane = 0  # whose rows decode
@@ -97,4 +98,5 @@ class StepColumns:
             lane=self.lane,
             encodes=array("i", chain.from_iterable(self.encodes)).tobytes() if self.encodes else b"",
             forgets=array("i", chain.from_iterable(self.forgets)).tobytes() if self.forgets else b"",
+            keeps=self.keeps,
         )

@@ -28,7 +28,7 @@ from engine.messages.assets import Bound
 from engine.messages.control import CopyStats
 from engine.messages.reply import Tokens
 from engine.messages.request import Admit
-from engine.messages.step import StepDone, StepPlan
+from engine.messages.step import KeptState, StepDone, StepPlan
 from engine.plugin.specs import Policy
 from engine.sched.batcher import Scheduler
 from engine.sched.chunks import ChunkRule
@@ -67,6 +67,7 @@ class Copies:
         held: HeldBlocks | None = None,
         tiers: TierOptions | None = None,
         encoder: Encoder | None = None,
+        state_pages: int = 0,
         held_steps: int = HELD_STEPS,
         busy_rows: int = BUSY_ROWS,
     ) -> None:
@@ -89,17 +90,17 @@ class Copies:
                 live=self.live,
                 tiers=None if tiers is None else replace(tiers, copy=copy, copies=copies),
                 encoder=None if encoder is None else Encoder(encoder.budget, encoder.room),
+                state_pages=state_pages,
             )
             for copy in range(copies)
         )
         self._lanes = 1 if chunks is None else chunks.stages
-        self._lane = 0  # whose turn it was last, in all copies
-        self._steps = 0
+        self._lane = self._steps = 0  # whose turn it was last, in all copies
+        self._held = 0  # steps for which the queue has been held
         self._tokens = [0] * copies  # that each has computed
         self._most_tokens = 0  # of the copy that had the most, added over all steps
         self._in_flight: deque[tuple[int, list[Share]]] = deque()
         self._most_held, self._busy_rows = held_steps, max(1, copies * busy_rows)
-        self._held = 0  # steps for which the queue has been held
 
     # ── figures ──────────────────────────────────────────────────────────────────────────────
 
@@ -216,8 +217,8 @@ class Copies:
             self._held = 0
 
     def _waits(self, request: Request, best: int) -> bool:
-        """Whether pages of `request` come up in some copy, or begin to now in the `best` one."""
-        if best < 0 or self.copies[0].tiers is None:
+        """Whether pages of `request` come up in some copy, or begin to in the `best` one, or its state comes there."""
+        if best < 0:
             return False
         under_way = any(copy.tiers is not None and copy.tiers.under_way(request.rise) for copy in self.copies)
         return under_way or self.copies[best].places.waits(request, self.copies[best].running)
@@ -284,9 +285,11 @@ class Copies:
 def joined(number: int, plans: Sequence[StepPlan]) -> StepPlan:
     """The plan of step `number`, of all that the `plans` of copies say."""
     encodes = forgets = b""
+    keeps: tuple[KeptState, ...] = ()
     for plan in plans:  # nearly always nothing
         encodes += plan.encodes
         forgets += plan.forgets
+        keeps += plan.keeps
     return StepPlan(
         step=number,
         slots=b"".join(plan.slots for plan in plans),
@@ -298,4 +301,5 @@ def joined(number: int, plans: Sequence[StepPlan]) -> StepPlan:
         lane=plans[0].lane,
         encodes=encodes,
         forgets=forgets,
+        keeps=keeps,
     )

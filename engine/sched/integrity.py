@@ -15,7 +15,10 @@ def check_pages(pages: CachePages, running: Sequence[Request]) -> None:
     tree.check_integrity()
     moving = [] if tiers is None else tiers.own_pages()
     pool.check_integrity(
-        [node.pages for node in tree.nodes()] + [request.pages[request.shared :] for request in running] + moving
+        [node.pages for node in tree.nodes()]
+        + [request.pages[request.shared :] for request in running]
+        + [request.keeps[1] for request in running if request.keeps is not None]
+        + moving
     )
     locks: Counter[Node] = Counter()
     ends = [] if tiers is None else list(tiers.nodes())

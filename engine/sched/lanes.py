@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from engine.sched.grouped import GroupedRows
-from engine.sched.request import Request
+from engine.sched.request import Request, rank
 from engine.sched.rows import DecodeRows
 
 UNEVEN = 4  # a lane has too many rows if it has more than another by one and a share of its own, this part of it
@@ -54,6 +54,15 @@ class Lanes:
     def computed(self, request: Request) -> int:
         """Positions of `request` that are sure to be computed once all plans sent have run."""
         return request.computed if request.row < 0 else self.of(request).computed(request)
+
+    def cheapest(self, running: Sequence[Request]) -> Request:
+        """Whom of these to retract: lowest priority, then least computed; never the one that must make progress."""
+        kept = min(running, key=rank)
+        return min(
+            (request for request in running if request is not kept),
+            key=lambda request: (request.priority, self.computed(request), -request.arrival),
+            default=kept,  # alone beside moves under way, whose pages it may have soon
+        )
 
     def join(self, request: Request, room: int, lane: int) -> None:
         """As DecodeRows.join, in the lane that suits; the prompt ends in a step of `lane`."""

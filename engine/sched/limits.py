@@ -20,6 +20,14 @@ def pages_for(tokens: int, page_size: int) -> int:
     return -(-tokens // page_size)
 
 
+def check(request: Request, max_model_len: int, max_step_tokens: int, pages: int, page_size: int) -> None:
+    """Raises RequestError (400) if `request` can never fit into a step, if it asks for a vector, or into the cache."""
+    if request.pools:
+        check_whole(request, max_model_len, max_step_tokens)
+    else:
+        check_fits(request, max_model_len, pages, page_size)
+
+
 def check_whole(request: Request, max_model_len: int, max_step_tokens: int) -> None:
     """Raises RequestError (400) if `request`, which asks for a vector, is empty or does not fit into one step."""
     if request.prompt_len == 0:

@@ -18,10 +18,12 @@ from collections.abc import Iterable, Sequence
 from engine.cache.names import PageNames
 from engine.cache.pages import CachePages
 from engine.messages.request import Admit
+from engine.sched.columns import StepColumns
 from engine.sched.encoder import Encoder
 from engine.sched.limits import pages_for
 from engine.sched.request import Request
 from engine.sched.sessions import Below
+from engine.sched.states import States
 
 MOST_RISES = 3  # of one request's pages: where they have given way again and again, it computes them
 MOST_ROOMS = 16  # moves down that one of them waits for, to have room
@@ -30,13 +32,14 @@ LOOKED_AT = 8  # requests of the queue whose pages may come up before their turn
 
 class Places:
     """Gives requests pages of `page_size` tokens out of `pages`; with `reuse`, those of the tree too. What they show
-    is made by `encoder`."""
+    is made by `encoder`. A copy of a request's states takes `state_pages`."""
 
-    def __init__(self, pages: CachePages, page_size: int, reuse: bool, encoder: Encoder) -> None:
+    def __init__(self, pages: CachePages, page_size: int, reuse: bool, encoder: Encoder, state_pages: int = 0) -> None:
         self.pages, self.pool, self.tree, self.tiers = pages, pages.pool, pages.tree, pages.tiers
         self._page_size = page_size
         self._reuse = reuse
         self._encoder = encoder
+        self.states = States(pages, page_size, state_pages if reuse else 0)
         self._spoiled: list[tuple[bytes, bytes]] = []  # salts and beginnings of texts that are to be forgotten
 
     def know(self, request: Request, admit: Admit) -> None:
@@ -54,8 +57,11 @@ class Places:
     def place(self, request: Request, running: int) -> bool:
         """Give a waiting request pages for all its tokens, if as many are left as there are `running` rows: each of
         those soon needs its next page, and none should be retracted for a newcomer."""
-        if not self._match(request, running):
+        alone = bool(self.states) and not running  # nobody makes room, so there may be some without a state alone
+        if not (self._match(request, running, self._known(request)) or (alone and self._match(request, running, b""))):
             return False
+        if self.states:
+            self.states.begin(request)
         request.rooms = 0
         request.shared = len(request.pages)
         request.computed = request.shared * self._page_size
@@ -76,12 +82,17 @@ class Places:
             self.tiers.ceiling.ask(request.names.upto(whole)[:whole], known=request.shared)
             self.tiers.counts.from_device += max(0, request.shared - request.risen)
 
-    def _match(self, request: Request, running: int) -> bool:
-        """Lock what the tree holds of a waiting request, unless it does not fit."""
+    def _known(self, request: Request) -> bytes:
+        """The key of what a waiting request may find in the tree: with recurrent layers, up to the last state there."""
+        key = request.reusable(self._page_size)
+        return self.states.known(key, request.salt) if self.states else key
+
+    def _match(self, request: Request, running: int, key: bytes) -> bool:
+        """Lock what the tree holds of `key`, a waiting request's, unless that does not fit."""
         if self._reuse:
-            request.node, request.pages = self.tree.match(request.reusable(self._page_size), request.salt)
+            request.node, request.pages = self.tree.match(key, request.salt)
             self.tree.lock(request.node)  # before looking at what is available: these pages no longer are
-        missing = pages_for(len(request.ids), self._page_size) - len(request.pages)
+        missing = pages_for(len(request.ids), self._page_size) - self.states.before(request.pages)
         if missing + running > self.pages.available:
             if request.node is not None:
                 self.tree.unlock(request.node)
@@ -93,6 +104,8 @@ class Places:
         """Whether pages of a waiting request come up, or begin to now: then it does not run yet. Nor does it where it
         could find pages that are forgotten, and stay only until they are copied. At its `turn` it waits for a store
         only if that is worth it; before, it waits for the device anyway."""
+        if self.states and self.states.comes(request):
+            return True
         if self.tiers is None or request.names is None:
             return False
         if self._spoiled or self.tiers.sweeping or self.tiers.under_way(request.rise):
@@ -112,7 +125,7 @@ class Places:
         rises = count >= self.tiers.options.least_risen
         if (rises or turn) and self._makes_room(request, names[: held + count], running):
             return True
-        if not rises or not self._match(request, running):
+        if not rises or not self._match(request, running, key):
             return False
         assert request.node is not None and len(request.pages) == held
         self.tiers.device.used(names, request.pages)
@@ -136,7 +149,11 @@ class Places:
         has `names`, on the device and below. They are used by now, so they do not give way for that."""
         assert self.tiers is not None
         needed = pages_for(len(request.ids), self._page_size)
-        if self.tiers.ready >= needed or request.rooms == MOST_ROOMS or not self._match(request, running):
+        if (
+            self.tiers.ready >= needed
+            or request.rooms == MOST_ROOMS
+            or not self._match(request, running, self._known(request))
+        ):
             return False
         assert request.node is not None
         self.tiers.device.used(names, request.pages)
@@ -164,7 +181,9 @@ class Places:
         """How many tokens of a waiting request need not be computed."""
         if not self._reuse:
             return 0
-        key = request.reusable(self._page_size)
+        key = self._known(request)
+        if self.states:
+            return max(0, len(key) - len(self.states.key)) // 4
         held = self.tree.match_length(key, request.salt)
         if self.tiers is not None and request.names is not None:
             last = len(key) // (4 * self._page_size)
@@ -233,8 +252,19 @@ class Places:
             held = self.tiers is not None and any(self.tiers.nodes())
             assert held or not self._spoiled, "only moves hold pages of requests that run no more"
 
+    def grow(self, step: StepColumns, request: Request, position: int, running: int) -> None:
+        """`request` decodes, and `step` computes `position`, the first of a page: its state is kept now and then."""
+        if request.keeps is not None and request.keeps[0] <= len(request.ids):
+            step.set_pages(request, self.share(request, request.keeps[0]))
+            self.states.settle(request, request.keeps[0])
+        self.states.grow(step, request, position, running)
+
     def free(self, request: Request, end: int) -> None:
         """Take back all pages; those of tokens before position `end` stay in the cache."""
+        if request.keeps is not None:
+            self.share(request, min(request.keeps[0], end))
+            self.states.settle(request, min(request.keeps[0], end))
+        self.states.forget(request)
         self.share(request, end)
         self.pool.give(request.pages[request.shared :])
         if request.node is not None:

@@ -95,6 +95,12 @@ class Request:
     shared: int = 0  # leading pages that the tree owns
     told: int = 0  # of which lower tiers know so many
     pages: list[int] = field(default_factory=list)
+    # Of a model with recurrent layers (states.py):
+    state: list[int] = field(default_factory=list)  # pages with the state that it begins with
+    marks: list[int] = field(default_factory=list)  # positions of its prompt at which its state is kept, in order
+    kept: int = 0  # the last position of which a state is kept, or about to be
+    keeps: tuple[int, list[int]] | None = None  # a position of its reply, and the pages with the state there
+    leaf: Node | None = None  # of the state that was kept last of its reply
 
     @classmethod
     def admitted(cls, admit: Admit, arrival: int, bound: tuple[Bound, ...] = ()) -> "Request":
@@ -157,6 +163,7 @@ class Request:
             bound=self.bound,
             limit=self.limit,
             positions=self.positions,
+            state=array("i", self.state).tobytes(),
         )
 
     def scores_in(self, start: int, end: int) -> bool:
@@ -176,6 +183,7 @@ class Request:
         self.node, self.shared, self.told, self.pages = None, 0, 0, []
         self.computed = 0
         self.session = None
+        self.state, self.marks, self.kept, self.keeps, self.leaf = [], [], 0, None, None
 
 
 def rank(request: Request) -> tuple[int, int]:

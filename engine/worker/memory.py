@@ -2,8 +2,8 @@
 
 One tensor a KV group, [pages, layers, *page shape]: a page is one piece of memory over all layers, so that it moves in
 one copy. Which page holds what is the scheduler's business. States of recurrent layers have a line for each slot; their
-memory is taken before pages are counted.
-Left out: tiers below the device's memory; states kept with the pages of a prefix.
+memory is taken before pages are counted. A copy of a slot's states, for a cached prefix, is bytes in as many pages.
+Left out: tiers below the device's memory.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from engine.config import CacheOptions
 from engine.errors import ConfigError, counted
+from engine.layers.batch import upload
+from engine.messages.step import StepPlan
 from engine.options.sizes import show_size
 from engine.plugin.specs import KVGroup, KVSpec, StateGroup
 from engine.runtime.memory import free_memory
@@ -130,9 +132,10 @@ def allocate(spec: KVSpec, pages: int, device: torch.device) -> Caches:
 
 class States:
     """The states of recurrent layers, a line for each slot: `layers` has them by the group's name, per layer
-    [slots + 1, *shape]. The last line is the scratch slot's, for the padding of CUDA graphs."""
+    [slots + 1, *shape]. The last line is the scratch slot's, for the padding of CUDA graphs. Copies of a slot's states
+    lie in pages of `caches`, of all KV groups of a page in turn."""
 
-    def __init__(self, spec: KVSpec, slots: int, device: torch.device) -> None:
+    def __init__(self, spec: KVSpec, slots: int, device: torch.device, caches: Caches = ()) -> None:
         """Raises ConfigError where `device` has too little memory for them."""
         if spec.states:
             check_states(spec, slots, available_memory(device), f"{device} has")
@@ -140,15 +143,59 @@ class States:
         self.layers: Mapping[str, tuple[Tensor, ...]] = {name: tensor.unbind(1) for name, tensor in whole.items()}
         # A slot is one piece of memory over all layers of a group. Floats of one byte can be filled as integers alone.
         self._lines = [each.view(torch.uint8) if each.itemsize == 1 else each for each in whole.values()]
+        self._bytes = [bytes_of(each) for each in whole.values()]  # of each group: [slots + 1, bytes]
+        self._pages = [bytes_of(layers[0]) for layers in caches] if self._lines else []
+        self._each = spec.state_pages
+        unused = self._each * spec.page_bytes - spec.slot_bytes if self._pages else 0
+        self._rest = torch.zeros(unused, dtype=torch.uint8, device=device)  # what fills the last page
 
     def __bool__(self) -> bool:
         """Whether there are any."""
         return bool(self._lines)
 
+    def keep(self, slot: int, pages: np.ndarray) -> None:
+        """Copies the states of `slot` to as many of `pages` as they need. Does not wait for the device."""
+        if not self:  # another stage of a pipeline has them
+            return
+        places = upload(pages[: self._each].astype(np.int64), self._rest.device)
+        whole = torch.cat([*(lines[slot] for lines in self._bytes), self._rest]).view(len(places), -1)
+        for page, part in zip(self._pages, whole.split([page.shape[1] for page in self._pages], 1), strict=True):
+            page[places] = part
+
+    def restore(self, slot: int, pages: np.ndarray) -> None:
+        """Copies back what `keep` has copied to `pages`. Does not wait for the device."""
+        if not self:
+            return
+        places = upload(pages[: self._each].astype(np.int64), self._rest.device)
+        whole = torch.cat([page[places] for page in self._pages], 1).flatten()
+        parts = whole.split([*(lines.shape[1] for lines in self._bytes), len(self._rest)])
+        for lines, part in zip(self._bytes, parts, strict=False):
+            lines[slot] = part
+
+    def apply(self, plan: StepPlan, admitted: Tensor | None) -> None:
+        """Before the step of `plan`: what it keeps, and where the requests begin that it has `admitted` to slots, int64
+        on the device. Does not wait for the device."""
+        for kept in plan.keeps:
+            self.keep(kept.slot, np.frombuffer(kept.pages, "<i4"))
+        if admitted is not None:
+            self.clear(admitted)
+        for admit in plan.admits:
+            if admit.state:
+                self.restore(admit.slot, np.frombuffer(admit.state, "<i4"))
+
     def clear(self, slots: Tensor) -> None:
         """Makes the states of `slots`, int64 on the device, zeros. Does not wait for the device."""
         for lines in self._lines:
             lines.index_fill_(0, slots, 0)
+
+
+def bytes_of(first: Tensor) -> Tensor:
+    """The memory that `first` is the beginning of, a cache's first layer or all states of a group, as bytes [pages or
+    slots, bytes of each in all layers]."""
+    assert first.storage_offset() == 0, "that is not the first layer"
+    stride = first.stride(0) * first.element_size()
+    flat = torch.empty(0, dtype=torch.uint8, device=first.device)
+    return flat.set_(first.untyped_storage(), 0, (len(first), stride), (stride, 1))
 
 
 def _allocate(count: int, group: KVGroup | StateGroup, device: torch.device) -> Tensor:

@@ -82,7 +82,7 @@ class Runner:
         self.tokens = torch.zeros(slots + 1, max_model_len + 1, dtype=torch.int32, device=device)
         self.page_table = torch.zeros(slots + 1, pages, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(slots + 1, dtype=torch.int64, device=device)  # tokens of each slot
-        self.states = States(model.kv_spec(), slots, device)
+        self.states = States(model.kv_spec(), slots, device, caches)
         self.limits = np.zeros(slots, np.int64)  # tokens at which the request of each slot ends
         self._logits = model.kernels.logits
         self.sampler = Sampler(self.tokens, self.lengths, self._logits, model.vocabulary)
@@ -177,13 +177,12 @@ class Runner:
     # ── apply ────────────────────────────────────────────────────────────────────────────────
 
     def apply(self, plan: StepPlan) -> None:
-        """Brings the tables up to date that the forward pass reads: admits, then pages."""
+        """Brings the tables up to date that the forward pass reads: states, admits, then pages."""
         if self.stage is not None:
             self.stage.admit(plan.admits)
         if self.media is not None:
             self.media.apply(plan)
-        if plan.admits:
-            self.states.clear(write_ids(plan.admits, self.tokens, self.lengths))
+        self.states.apply(plan, write_ids(plan.admits, self.tokens, self.lengths) if plan.admits else None)
         if plan.pages:
             pages = np.frombuffer(plan.pages, "<i4").reshape(-1, 3)
             write_pages(pages, self.page_table)
@@ -408,8 +407,8 @@ class Runner:
 
     def capture(self, scratch_page: int, shares: bool = True, step_tokens: int = ALL_ROWS_TOKENS[-1]) -> bool:
         """Makes CUDA graphs of steps, which have `step_tokens` at most; padding writes to `scratch_page`. `shares`:
-        requests may share pages, which those of a model with states never do. False where decode steps can have no
-        graphs."""
+        requests may share pages; of a model with states few layers attend, so it has no graphs for that. False where
+        decode steps can have no graphs."""
         self.page_table[-1] = scratch_page
         pool = torch.cuda.graph_pool_handle()
         slots, longest = len(self.tokens) - 1, self.tokens.shape[1] - 1

@@ -147,10 +147,11 @@ def add_tiers(
 
 
 def tell_of_states(spec: KVSpec, slots: int) -> None:
-    """Logs what a model cannot do that has states of requests."""
+    """Logs what states of requests take, if the model has any."""
     if spec.states:
-        size = state_bytes(spec, slots) / 2**20
-        logger.info("%.0f MiB of states, which no page holds: cached prefixes are not reused", size)
+        kept = f"a copy for a cached prefix takes {counted(spec.state_pages, 'page')}"
+        kept = kept if spec.state_pages else "no page holds a copy: cached prefixes are not reused"
+        logger.info("%.0f MiB of states of requests; %s", state_bytes(spec, slots) / 2**20, kept)
 
 
 def place_of(mesh: Mesh, sizes: Sizes) -> Copy | None:
@@ -275,6 +276,7 @@ def readiness(
         phases=phases,
         embedding_size=model.embedding_size,
         recurrent=bool(spec.states),
+        state_pages=spec.state_pages,
         attention_work=attention_work(model),
         copies=copies,
         mixture=bool(routers_of(model)),

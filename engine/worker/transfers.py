@@ -43,8 +43,8 @@ from engine.messages.tiers import NAME_BYTES, Move, Moved
 from engine.options.sizes import show_size
 from engine.plugin.tiers import Manifest, Pool, Store
 from engine.worker.copying import Batch, batched
-from engine.worker.memory import Caches
-from engine.worker.steps.uses import End, PageUses
+from engine.worker.memory import Caches, bytes_of
+from engine.worker.steps.uses import End, PageUses, state_pages
 
 logger = logging.getLogger("engine.worker")
 
@@ -112,7 +112,7 @@ class Transfers:
         uses: PageUses | None = None,
     ) -> None:
         self._device, self._store, self._copy, self._uses = device, store, copy, uses
-        self._groups = [_bytes_of(layers[0]) for layers in caches]
+        self._groups = [bytes_of(layers[0]) for layers in caches]
         self._ends = np.cumsum([group.shape[1] for group in self._groups]).tolist()
         self._joined = max(1, COPY_BYTES // self._ends[-1]) if len(self._groups) == 1 else 1  # pages in one copy
         self._pool = pool  # whose memory it stays
@@ -179,9 +179,9 @@ class Transfers:
     def follow(self, plan: StepPlan) -> None:
         """Let the step of `plan`, which is to be launched, come after the copy up that was told of last, if it is the
         first that is given some of its pages. Others run while the rest of that comes; all before it have come."""
-        if (told := self._told) is not None and plan.pages and not told[0].query():
+        if (told := self._told) is not None and (plan.pages or plan.admits or plan.keeps) and not told[0].query():
             given = np.frombuffer(plan.pages, "<i4").reshape(-1, 3)[:, 2]
-            if np.isin(given, told[1]).any():
+            if np.isin([*given, *state_pages(plan)], told[1]).any():
                 torch.cuda.current_stream(self._device).wait_event(told[0])
 
     def launched(self, plan: StepPlan, end: End) -> None:
@@ -396,14 +396,6 @@ def _parts(copies: Sequence[Copy], pages: int) -> list[list[Copy]]:
             parts.append([])
         parts[-1].append(copy)
     return parts
-
-
-def _bytes_of(layer: Tensor) -> Tensor:
-    """The cache that `layer` is the first layer of, as bytes [pages, bytes of a page in all layers]."""
-    assert layer.storage_offset() == 0, "that is not the first layer"
-    stride = layer.stride(0) * layer.element_size()
-    flat = torch.empty(0, dtype=torch.uint8, device=layer.device)
-    return flat.set_(layer.untyped_storage(), 0, (len(layer), stride), (stride, 1))
 
 
 def pin(host: Tensor) -> None:

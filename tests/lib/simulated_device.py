@@ -6,6 +6,9 @@ too early or never written shows at once. Sampling is a function of the prefix a
 request's salt is the device learns from `bad_words`: it goes into the hashes, so that salts may share no page. So do a
 prompt's keys, where they are not its ids: a device sees what an image shows, and not its placeholders.
 
+With `states` of so many pages it is a recurrent model: a row begins where the state of its slot stands, which is that
+of its own tokens. What is kept of a state lies in pages, and is a state only as long as all of them hold it.
+
 A row of drafts begins where its slot stands, as on a real device: which of its drafts are right is a function of the
 prefix too. What the wrong ones leave in the cache are hashes that nobody may read.
 """
@@ -90,14 +93,19 @@ def sampling(seed: int, salt: str = "", logprobs: int = -1, prompt_logprobs: int
 class SimulatedDevice:
     """`burst` tokens at most from a row of drafts; `computed` counts positions."""
 
-    def __init__(self, pages: int, page_size: int, slots: int, max_step_tokens: int, burst: int = 1) -> None:
+    def __init__(
+        self, pages: int, page_size: int, slots: int, max_step_tokens: int, burst: int = 1, states: int = 0
+    ) -> None:
         self.pages, self.page_size, self.slots = pages, page_size, slots
-        self.max_step_tokens, self.burst = max_step_tokens, burst
+        self.max_step_tokens, self.burst, self.states = max_step_tokens, burst, states
+        self.state: dict[int, tuple[int, int]] = {}  # slot: positions that it is of, and the hash of their prefix
         self.tokens: dict[int, list[int]] = {}  # slot: tokens
         self.admits: dict[int, SlotAdmit] = {}
         self.table: dict[tuple[int, int], int] = {}  # slot, index: page
         self.store: dict[tuple[int, int], int] = {}  # page, offset: hash of the prefix written there
         self.computed = 0
+        self.copies: dict[int, tuple[int, int]] = {}  # states, by the hashes that stand for them in pages
+        self.restored = 0  # requests that began with a state
         self.order: list[int] = []  # seeds in the order of admission to slots
 
     def run(self, plan: StepPlan) -> StepDone:
@@ -109,6 +117,12 @@ class SimulatedDevice:
         known = {slot: len(self.tokens[slot]) for slot, *_ in rows}
         new = {row[0]: self._yielded(*row) for row in rows}
         prefixes = {slot: self._prefixes(slot) for slot, *_ in rows}
+        for slot, start, length, _ in rows if self.states else ():
+            begun = started(self.admits[slot].sampling)
+            position, prefix = self.state.get(slot, (0, begun))
+            wanted = start, prefixes[slot][start - 1] if start else begun
+            assert (position, prefix) == wanted, f"slot {slot} begins at {start} with the state of {position}"
+            self.state[slot] = start + length, prefixes[slot][start + length - 1]
         written: dict[tuple[int, int], int] = {}
         for slot, start, length, _ in rows:
             assert length > 0
@@ -140,6 +154,7 @@ class SimulatedDevice:
         """All that was in the cache is lost."""
         self.store.clear()
         self.table.clear()
+        self.state.clear()
 
     def _read(self, slot: int, place: tuple[int, int], wanted: int) -> None:
         assert self.store.get(place) == wanted, f"slot {slot} reads another's page at {place}"
@@ -171,7 +186,23 @@ class SimulatedDevice:
         return new
 
     def _apply_updates(self, plan: StepPlan) -> None:
+        for kept in plan.keeps:
+            pages = array("i", kept.pages)
+            assert len(set(pages)) == self.states and all(0 <= page < self.pages for page in pages)
+            for index, page in enumerate(pages):
+                for offset in range(self.page_size):
+                    self.store[page, offset] = hash((self.state[kept.slot], index, offset))
+                    self.copies[self.store[page, offset]] = self.state[kept.slot]
         for admit in plan.admits:
+            self.state.pop(admit.slot, None)
+            if pages := array("i", admit.state):
+                assert len(pages) == self.states
+                state = self.copies[self.store[pages[0], 0]]
+                for index, page in enumerate(pages):
+                    for offset in range(self.page_size):
+                        assert self.store[page, offset] == hash((state, index, offset)), "a state is not whole"
+                self.state[admit.slot] = state
+                self.restored += 1
             assert 0 <= admit.slot < self.slots
             self.tokens[admit.slot] = list(array("i", admit.ids))
             self.admits[admit.slot] = admit

@@ -71,6 +71,9 @@ class Copy:
                 for admit in plan.admits
                 if admit.slot // self.slots == self.number
             ),
+            "keeps": tuple(
+                replace(kept, slot=kept.slot - offset) for kept in plan.keeps if kept.slot // self.slots == self.number
+            ),
             "pages": self._own_lines(plan.pages, 3),
             "encodes": self._own_lines(plan.encodes, 2),
             "forgets": self._own_lines(plan.forgets, 2),

@@ -25,12 +25,13 @@ class End(Protocol):
 
 @dataclass(slots=True)
 class Launched:
-    """A step's rows, the pages that each may use, and those that its slots had and have no more."""
+    """A step's rows, the pages that each may use, and others: those that its slots had and have no more, and those that
+    copies of states lie in."""
 
     slots: np.ndarray
     counts: np.ndarray
     end: End
-    gone: list[np.ndarray] = field(default_factory=list)
+    others: list[np.ndarray] = field(default_factory=list)
 
 
 class PageUses:
@@ -46,13 +47,13 @@ class PageUses:
         slots, indices, pages = np.frombuffer(plan.pages, "<i4").reshape(-1, 3).T
         had = self._table[slots, indices]
         for step in self._under_way:
-            step.gone.append(had)
+            step.others.append(had)
         self._table[slots, indices] = pages
         columns = (plan.slots, plan.starts, plan.lengths, plan.yields)
         slots, starts, lengths, yields = (np.frombuffer(column, "<i4") for column in columns)
         counts = -(-(starts + lengths) // self._page_size)
         counts[yields == DRAFTS] = self._table.shape[1]  # where these begin is known to the device
-        self._under_way = [*self._not_over(), Launched(slots, counts, end)]
+        self._under_way = [*self._not_over(), Launched(slots, counts, end, [state_pages(plan)])]
 
     def busy(self, pages: np.ndarray) -> bool:
         """Whether a step under way may use one of these."""
@@ -63,9 +64,15 @@ class PageUses:
             lines = asked[self._table[step.slots, : step.counts.max(initial=0)]]
             if (lines & (np.arange(lines.shape[1]) < step.counts[:, None])).any():
                 return True
-            if any(asked[had].any() for had in step.gone):
+            if any(asked[pages].any() for pages in step.others):
                 return True
         return False
 
     def _not_over(self) -> list[Launched]:
         return [step for step in self._under_way if not step.end.query()]
+
+
+def state_pages(plan: StepPlan) -> np.ndarray:
+    """The pages in which `plan` keeps copies of states, and those that slots begin with."""
+    packed = [*(kept.pages for kept in plan.keeps), *(admit.state for admit in plan.admits)]
+    return np.frombuffer(b"".join(packed), "<i4")

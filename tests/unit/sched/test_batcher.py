@@ -55,16 +55,18 @@ class Bench:
     def __init__(
         self, pages=64, page_size=4, slots=8, max_step_tokens=64, policy="fcfs", prefix_cache=True, depth=2,
         burst=1, max_model_len=1000, max_waiting=1000, lanes=1, attention=0.0, fronts=1,
-        tiers=None,
+        tiers=None, states=0,
     ):  # fmt: skip
         self.scheduler = Scheduler(
             pages, page_size, slots, max_model_len=max_model_len, max_step_tokens=max_step_tokens,
             policy=POLICIES[policy](), prefix_cache=prefix_cache, max_waiting=max_waiting,
             drafts=burst - 1, fronts=fronts,
             chunks=ChunkRule(max_step_tokens, lanes, attention, least=2) if lanes > 1 else None,
-            tiers=tiers,
+            tiers=tiers, state_pages=states,
         )  # fmt: skip
-        self.device = SimulatedDevice(pages, page_size, slots, max_step_tokens, burst)
+        if states:  # for tiny texts
+            self.scheduler.places.states.least, self.scheduler.places.states.interval = 2, 6
+        self.device = SimulatedDevice(pages, page_size, slots, max_step_tokens, burst, states)
         self.depth = depth
         self.now = 0.0
         self.flying = deque()

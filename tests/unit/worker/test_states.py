@@ -16,6 +16,7 @@ import torch
 from house import open_house, prompt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from recurrent import CONFIG, VOCABULARY, ToyRecurrent, weights
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
@@ -31,7 +32,7 @@ from engine.plugin.testing import ModelHarness
 from engine.runtime.group import least_of
 from engine.sched import Scheduler
 from engine.testing.steps import step_plan
-from engine.worker.memory import States, count_pages, state_bytes
+from engine.worker.memory import States, allocate, count_pages, state_bytes
 from engine.worker.runner import Runner
 from engine.worker.start import start
 from engine.worker.steps.results import Step
@@ -135,15 +136,18 @@ def alone(ids: tuple[int, ...], count: int) -> list[int]:
 
 
 class Drive:
-    """A scheduler and a runner with `depth` steps between them: 3 slots, 12 pages of 4, steps of 7 tokens."""
+    """A scheduler and a runner with `depth` steps between them: 3 slots, 12 pages of 4, steps of 7 tokens. States are
+    kept each page."""
 
-    def __init__(self, depth: int, prefix_cache: bool = False) -> None:
+    def __init__(self, depth: int, prefix_cache: bool = True, states: bool = True) -> None:
         made = ModelHarness(ToyRecurrent, CONFIG, weights())
         self.runner: Runner = made.runner
+        state_pages = self.runner.model.kv_spec().state_pages if states else 0
         self.scheduler = Scheduler(
             pages=12, page_size=4, slots=3, max_model_len=40, max_step_tokens=7, policy=FirstComeFirstServed(),
-            prefix_cache=prefix_cache, max_waiting=99,
+            prefix_cache=prefix_cache, max_waiting=99, state_pages=state_pages,
         )  # fmt: skip
+        self.scheduler.places.states.least = self.scheduler.places.states.interval = 4
         self.depth = depth
         self.flying: deque[Step] = deque()
         self.said: dict[str, list[int]] = {}
@@ -179,15 +183,18 @@ prompts = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=18)
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(
     depth=st.integers(1, 4),
+    prefix_cache=st.booleans(),
     arrivals=st.lists(
         st.tuples(prompts, st.integers(1, 9), st.integers(0, 5), st.sampled_from(["stays", "stays", "leaves"])),
         min_size=2, max_size=7,
     ),
 )  # fmt: skip
-def test_a_request_gets_what_its_tokens_alone_give(depth: int, arrivals: list[tuple[list[int], int, int, str]]) -> None:
+def test_a_request_gets_what_its_tokens_alone_give(
+    depth: int, prefix_cache: bool, arrivals: list[tuple[list[int], int, int, str]]
+) -> None:
     """Each arrival is a prompt, tokens to generate, the steps until the next one comes, and whether its client leaves
     by then."""
-    drive, gone = Drive(depth), set()
+    drive, gone = Drive(depth, prefix_cache), set()
     for number, (ids, count, steps, end) in enumerate(arrivals):
         drive.admit(str(number), ids, count)
         for _ in range(steps):
@@ -237,16 +244,44 @@ def test_all_that_runs_can_be_sent_back_and_goes_on() -> None:
     assert [drive.said[rid] for rid in "01"] == [alone(tuple(PROMPTS[0]), 12), alone(tuple(PROMPTS[5]), 12)]
 
 
-def test_a_cached_prefix_would_be_wrong() -> None:
-    """Why the scheduler matches none for such a model: pages hold keys and values, but not the states."""
-    for prefix_cache, right in ((False, True), (True, False)):
-        drive, ids = Drive(1, prefix_cache), [*range(12), 5, 3]
+def test_a_cached_prefix_is_right_with_its_state_and_would_be_wrong_without() -> None:
+    for states in (True, False):
+        drive, ids = Drive(1, states=states), [*range(12), 5, 3]
         drive.admit("first", ids, 2)
         drive.run()
         drive.admit("second", ids, 8)
         drive.run()
-        assert (drive.scheduler.counts()["cached_tokens_total"] == 0) == right
-        assert (drive.said["second"] == alone(tuple(ids), 8)) == right
+        assert drive.scheduler.counts()["cached_tokens_total"] == 12
+        assert (drive.said["second"] == alone(tuple(ids), 8)) == states
+
+
+def test_copies_of_states_are_exact_whatever_pages_they_take() -> None:
+    """Bytes of several groups of states in pages of several KV groups, the last of them not full."""
+    groups = (StateGroup("a", 2, (3, 5), "float32"), StateGroup("b", 3, (7,), "float8_e4m3fn"))
+    spec = KVSpec(2, (KVGroup(1, (2, 3), "bfloat16"), KVGroup(2, (4,), "uint8")), groups)
+    assert (spec.slot_bytes, spec.page_bytes, spec.state_pages) == (141, 20, 8)
+    caches = allocate(spec, 20, CPU)
+    states = States(spec, 2, CPU, caches)
+    for group in states.layers.values():
+        for layer in group:
+            layer.copy_(torch.randn(layer.shape).to(layer.dtype))
+    before = {name: [layer[1].float().clone() for layer in layers] for name, layers in states.layers.items()}
+    pages = np.array([3, 19, 0, 7, 5, 4, 11, 12, 1, 2], np.int32)  # another rank needs two more
+    states.keep(1, pages)
+    states.clear(torch.tensor([1]))
+    states.restore(0, pages)
+    assert all(
+        torch.equal(layer[0].float(), kept) and not layer[1].float().any()
+        for name, layers in states.layers.items()
+        for layer, kept in zip(layers, before[name], strict=True)
+    )
+    used = {
+        page
+        for group in caches
+        for layer in group
+        for page in layer.flatten(1).float().any(1).nonzero().flatten().tolist()
+    }
+    assert used <= set(pages[:8].tolist())
 
 
 def test_rows_of_drafts_are_refused() -> None:
@@ -278,7 +313,7 @@ def test_a_worker_says_that_its_model_is_recurrent(checkpoint: Path, caplog: pyt
     runner, ready = started(checkpoint)
     assert ready.recurrent and (ready.pages, ready.slots) == (16, 2)
     lines = [record.getMessage() for record in caplog.records if "states" in record.getMessage()]
-    assert lines == ["0 MiB of states, which no page holds: cached prefixes are not reused"]
+    assert lines == ["0 MiB of states of requests; a copy for a cached prefix takes 1 page"]
     assert {name: [layer.shape for layer in group] for name, group in runner.states.layers.items()} == {
         "window": [(3, 2, 12)] * 2,
         "state": [(3, 12)] * 2,
@@ -300,7 +335,7 @@ def test_a_start_whose_states_do_not_fit_says_so(checkpoint: Path, monkeypatch: 
 
 
 @pytest.mark.anyio
-async def test_the_scheduler_reuses_no_prefix_of_a_recurrent_model() -> None:
+async def test_the_scheduler_reuses_no_prefix_of_a_recurrent_model_without_pages() -> None:
     for is_recurrent, cached in ((False, 8), (True, 0)):
         async with open_house(recurrent=is_recurrent) as house:
             for rid in ("a", "b"):
@@ -314,3 +349,11 @@ def test_one_recurrent_rank_makes_the_group_recurrent() -> None:
     plain = WorkerReady(10, 16, 4, 64, 160, 257, 8, "cpu", "torch", {})
     kept = WorkerReady(10, 16, 4, 64, 160, 257, 8, "cpu", "torch", {}, recurrent=True)
     assert least_of([plain, kept]).recurrent and not least_of([plain, plain]).recurrent
+
+
+def test_a_copy_of_states_takes_what_the_rank_needs_that_needs_most() -> None:
+    """A stage may have no recurrent layer, or nothing but these: then no page of it can hold a copy."""
+    plain = WorkerReady(10, 16, 4, 64, 160, 257, 8, "cpu", "torch", {})
+    kept = [structs.replace(plain, recurrent=True, state_pages=count) for count in (0, 3, 5)]
+    assert least_of([plain, *kept[1:]]).state_pages == 5
+    assert least_of(kept).state_pages == least_of([plain, plain]).state_pages == 0

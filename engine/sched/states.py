@@ -1,0 +1,196 @@
+"""States of recurrent layers at the ends of cached prefixes: who begins with one, and when one is kept. Pure.
+
+    prompt     ▓▓▓▓▓▓▓▓ cached ▓▓▓▓▓▓▓▓|░░░░░░░ computed ░░░░░░░|░ tail      a chunk ends at each mark
+                                       |                        |            where the text of another branches off,
+                                     mark                     mark           and at the end of the last whole page
+    tree       ── 20 pages ──┬── 7 pages ──┬── 2 pages             ◆         a copy of a state, in pages of its own,
+                             ◆             ◆                                 is a leaf, whose key is no token's
+
+A page holds keys and values of its tokens, and so serves whoever has the same prefix. A recurrent layer has one state
+of a request, which stands for all tokens so far: to begin behind a prefix, its state there is needed as well. So copies
+are kept, where steps begin and the end of a page is reached: of a prompt at marks, of a reply at intervals, of which
+the last one stays. A copy takes as many pages as its bytes need, of the same pool. It is a leaf of the tree at the end
+of its prefix. So it gives way by itself, by when it was used, and moves between tiers as any pages do.
+
+SGLang keeps such states in a pool of its own, and vLLM with blocks that are as large. Left out: drafts, which a state
+cannot take back; marks of a prompt that is shorter than LEAST.
+"""
+
+from array import array
+from collections.abc import Iterable
+
+from engine.cache.keys import STATE
+from engine.cache.pages import CachePages
+from engine.cache.radix import Node
+from engine.messages.step import KeptState
+from engine.sched.columns import StepColumns
+from engine.sched.request import Request
+
+LEAST = 64  # tokens that a state spares, or it is not kept: a mark costs its request a step
+INTERVAL = 256  # tokens of a reply
+
+
+class States:
+    """Copies of states in `pages`, of `each` pages; 0 where the model has no states."""
+
+    def __init__(self, pages: CachePages, page_size: int, each: int) -> None:
+        self._pages, self._tree = pages, pages.tree
+        self._page_size, self._each = page_size, each
+        self.least, self.interval = LEAST, INTERVAL
+        self._page = array("i", [STATE] * page_size).tobytes()
+        self.key = self._page * each  # which leads from the end of a prefix to its state
+        self._due: set[Node] = set()  # ends of prefixes whose states the next step keeps
+
+    def __bool__(self) -> bool:
+        """Whether the model has states."""
+        return bool(self._each)
+
+    # ── where a request begins ───────────────────────────────────────────────────────────────
+
+    def known(self, key: bytes, salt: bytes) -> bytes:
+        """What leads along `key` to the last state that there is: a prefix of it and the key of states; nothing where
+        there is none."""
+        for node, length in reversed(self._tree.ends(key, salt)):
+            if self.leaf(node) is not None:
+                return key[:length] + self.key
+        return b""
+
+    def leaf(self, node: Node) -> Node | None:
+        """The leaf that has the state at the end of `node`, if all of that is there."""
+        count, child = 0, node.children.get(self._page)
+        while child is not None:
+            count += len(child.pages)
+            if count == self._each:
+                return child
+            child = child.children.get(self._page)
+        return None
+
+    def last(self, node: Node | None) -> Node | None:
+        """The leaf of the last state on the way to `node`."""
+        while node is not None and node.parent is not None:
+            if (leaf := self.leaf(node)) is not None:
+                return leaf
+            node = node.parent
+        return None
+
+    def before(self, pages: list[int]) -> int:
+        """How many of `pages`, which a request has found up to a state, are of its tokens."""
+        return len(pages) - (self._each if pages else 0)
+
+    def begin(self, request: Request) -> None:
+        """`request` has matched what `known` gave: its lock is on the leaf, and moves to the end of the prefix. It is
+        known where it will keep its state."""
+        held = self.before(request.pages)
+        if request.pages:
+            request.pages, request.state = request.pages[:held], request.pages[held:]
+            leaf, request.node = request.node, self._above(request.node)
+            assert leaf is not None and request.node is not None
+            self._tree.lock(request.node)
+            # If others go on from there it is used, and else a later one will take its place.
+            self._tree.unlock(leaf, used=len(request.node.children) > 2)
+        request.kept = held * self._page_size
+        request.marks = self._marks(request)
+
+    def _above(self, node: Node | None) -> Node | None:
+        while node is not None and node.key.startswith(self._page):
+            node = node.parent
+        return node
+
+    def _marks(self, request: Request) -> list[int]:
+        """Positions at which `request`, whose prompt is about to be computed, keeps its state."""
+        key = request.key(0, (len(request.ids) - 1) // self._page_size * self._page_size)
+        wanted = [self._branch(key, request.salt), len(key) // 4]
+        found: list[int] = []
+        for position in wanted:
+            spared = position - (found[-1] if found else request.kept)
+            whole = any(each.whole and 0 < position - each.begin < each.count for each in request.shown)
+            if spared >= self.least and not whole:
+                found.append(position)
+        return found
+
+    def _branch(self, key: bytes, salt: bytes) -> int:
+        """The tokens of `key` that are cached, if another text goes on from there."""
+        ends = self._tree.ends(key, salt)
+        held = self._tree.match_length(key, salt) * self._page_size
+        within = held * 4 > (ends[-1][1] if ends else 0)
+        goes_on = bool(ends) and any(child != self._page for child in ends[-1][0].children)
+        return held if within or goes_on else 0
+
+    # ── what is kept ─────────────────────────────────────────────────────────────────────────
+
+    def comes(self, request: Request) -> bool:
+        """Whether the next step keeps a state that a waiting request would begin with."""
+        if not self._due:
+            return False
+        ends = self._tree.ends(request.reusable(self._page_size), request.salt)
+        last = next((at for at, (node, _) in enumerate(reversed(ends)) if self.leaf(node) is not None), len(ends))
+        return any(node in self._due for node, _ in ends[len(ends) - last :])
+
+    def due(self, request: Request) -> bool:
+        """Whether a chunk of `request` that is planned ends at a mark: its state is kept before the next step."""
+        if not request.marks or request.computed != request.marks[0]:
+            return False
+        if request.node is not None and request.shared * self._page_size == request.computed:
+            self._due.add(request.node)
+        return True
+
+    def keep(self, step: StepColumns, request: Request, running: int) -> list[int]:
+        """Have the state of `request` copied before `step`, if so many `running` rows find a page each then; the pages
+        of the copy."""
+        if self._pages.available - self._each < running:
+            return []
+        pages = self._pages.take(self._each)
+        step.keeps += (KeptState(request.slot, array("i", pages).tobytes()),)
+        return pages
+
+    def mark(self, step: StepColumns, request: Request, running: int) -> None:
+        """If `request`, whose prompt is computed, stands at a mark, its state is kept before `step`."""
+        if not request.marks or request.marks[0] != request.computed:
+            return
+        request.marks.pop(0)
+        request.kept = request.computed
+        if request.node is None or request.shared * self._page_size != request.computed:
+            return  # the prefix is not in the tree
+        self._due.discard(request.node)
+        if self.leaf(request.node) is None and (pages := self.keep(step, request, running)):
+            self.add(request.node, pages)
+
+    def grow(self, step: StepColumns, request: Request, position: int, running: int) -> None:
+        """`request` decodes, and its page ends before `position`, which `step` computes: its state is kept where the
+        last one is an interval behind."""
+        if request.keeps is not None or position - request.kept < self.interval:
+            return
+        if pages := self.keep(step, request, running):
+            request.kept, request.keeps = position, (position, pages)
+
+    def settle(self, request: Request, end: int) -> None:
+        """The tree has the tokens of `request` before position `end`, all that will be known if it is nearer than what
+        it has kept: that goes to the tree, in place of the one before, or is of no use."""
+        assert request.keeps is not None
+        (position, pages), request.keeps = request.keeps, None
+        if position != end or request.node is None or request.shared * self._page_size != end:
+            self._pages.pool.give(pages)
+            return
+        before, request.leaf = request.leaf, self.add(request.node, pages)
+        # It may have given way. What it is behind is locked.
+        there = before is not None and before.parent is not None and self.leaf(before.parent) is before
+        if before is not None and there and not (before.locks or before.pins):
+            self._pages.remove([before])
+
+    def add(self, node: Node, pages: list[int]) -> Node:
+        """The leaf of a state at the end of `node`, which is locked; `pages` are the tree's from now on, or free."""
+        self._tree.lock(node)
+        leaf, held = self._tree.extend(node, self.key, pages)
+        self._pages.pool.give(pages[: len(held)])
+        self._tree.unlock(leaf)
+        return leaf
+
+    def forget(self, request: Request) -> None:
+        """`request` runs no more: nobody waits for its state."""
+        if request.node is not None:
+            self._due.discard(request.node)
+
+    def check_integrity(self, running: Iterable[Request]) -> None:
+        """Assert that a state is waited for that some request keeps."""
+        ends = {request.node for request in running if request.marks and request.computed == request.marks[0]}
+        assert self._due <= ends, "a state is waited for that nobody keeps"
