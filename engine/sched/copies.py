@@ -96,9 +96,8 @@ class Copies:
         )
         self._lanes = 1 if chunks is None else chunks.stages
         self._lane = self._steps = 0  # whose turn it was last, in all copies
-        self._held = 0  # steps for which the queue has been held
         self._tokens = [0] * copies  # that each has computed
-        self._most_tokens = 0  # of the copy that had the most, added over all steps
+        self._most_tokens = self._held = 0  # of the copy that had the most, over all steps; steps that the queue waits
         self._in_flight: deque[tuple[int, list[Share]]] = deque()
         self._most_held, self._busy_rows = held_steps, max(1, copies * busy_rows)
 
