@@ -75,5 +75,6 @@ def scheduler_for(
             least_risen=-(-LEAST_RISEN // ready.page_size),
             least_fetched=-(-LEAST_FETCHED // ready.page_size),
             always=config.cache.kv_fetch == "always",
+            state=ready.state_pages,
         )
     return Copies(ready.copies, **options) if ready.copies > 1 else Scheduler(**options)

@@ -4,13 +4,26 @@
 
 So a name stands for all tokens up to the page's end, and equal names mean equal keys and values, as far as the model is
 the same: a worker adds its manifest before a store sees them. One page takes about a microsecond, so a text is named
-once, and only where there are tiers.
+once, and only where there are tiers. Pages of a state at the end of a text (sched/states.py) are numbered in the last
+bytes of its name.
 """
 
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
 from engine.messages.tiers import NAME_BYTES
+
+NUMBER = 3  # bytes of the name of a state's page that number it
+
+
+def state_names(name: bytes, pages: int) -> list[bytes]:
+    """Those of the `pages` of the state at the end of the page of that `name`."""
+    return [name[:-NUMBER] + index.to_bytes(NUMBER) for index in range(pages)]
+
+
+def first_of_state(name: bytes) -> bytes:
+    """The first of `state_names`."""
+    return name[:-NUMBER] + bytes(NUMBER)
 
 
 class PageNames:

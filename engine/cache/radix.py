@@ -7,12 +7,17 @@ that finding a prefix is one dictionary look-up and one memcmp a node; nodes spl
                          └── C: 2 pages       locks may be evicted, leaves first, least recently used first,
                                               but for leaves that are pinned, until nobody pins them.
 
-Each salt has a root of its own, so that requests of different salts never share a page.
+Each salt has a root of its own, so that requests of different salts never share a page. The key of a state is no
+token's, so a state is a leaf at the end of its prefix (sched/states.py).
 The idea of caching prefixes in a radix tree is SGLang's (Zheng et al. 2024, arXiv:2312.07104).
 Left out: what lies below device memory (tiers.py); sharing of parts of pages.
 """
 
 from heapq import heapify, heappop, heappush
+
+from engine.cache.keys import STATE
+
+STATE_KEY = STATE.to_bytes(4, "little", signed=True)
 
 
 class Node:
@@ -31,6 +36,11 @@ class Node:
         self.pins = 0  # that end here (pins.py)
         self.tick = tick  # when it was used last: when a lock went
         self.queued = False  # has an entry in the tree's eviction queue
+
+
+def _alike(one: bytes, other: bytes) -> bool:
+    """Whether both are tokens, or both a state, which is a leaf of its own."""
+    return (one[:4] == STATE_KEY) == (other[:4] == STATE_KEY)
 
 
 class RadixTree:
@@ -188,7 +198,7 @@ class RadixTree:
             return end, held
         if end.parent is None:
             self._roots[end.key] = end
-        elif end is node and node.locks == 1 and not node.pins and not node.children:
+        elif end is node and node.locks == 1 and not node.pins and not node.children and _alike(node.key, key):
             node.key += key  # nobody but the caller stands here: a prompt that comes in chunks is one node
             node.pages += pages
             return node, held

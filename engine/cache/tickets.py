@@ -6,8 +6,10 @@ Left out: which pages move (tiers.py).
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress, pairwise, takewhile
 from typing import Literal
 
+from engine.cache.names import first_of_state, state_names
 from engine.cache.place import Place
 from engine.cache.radix import Node
 from engine.messages.tiers import Moved, Way, summed
@@ -21,7 +23,8 @@ class TierOptions:
     of so many. Fewer pages than `least_risen` are not brought up, and fewer than `least_fetched` not asked for in a
     store: they are computed sooner. `always`: all others are waited for, else those for which that is worth it;
     `piece` of them are fetched at once. One in `cold` pages of the device, or of the host if that has fewer, is to be
-    ready to give way; what comes up does so in parts of one in `parts` of these, or of `least_part`."""
+    ready to give way; what comes up does so in parts of one in `parts` of these, or of `least_part`. The `state` of a
+    request takes so many."""
 
     host: int
     policy: WritePolicy = "write-through"
@@ -33,6 +36,7 @@ class TierOptions:
     always: bool = False
     piece: int = 32
     cold: int = 8
+    state: int = 0
     parts: int = 8
     least_part: int = 16
 
@@ -62,11 +66,28 @@ class Ticket:
     ahead: bool = False  # its nodes are not used, but the next to give way
     then: "Ticket | None" = None  # the part that goes on from it
 
-    def parts(self, most: int) -> "list[Ticket]":
-        """What goes up, in parts of `most` pages."""
+    @classmethod
+    def find(cls, names: Sequence[bytes], state: int) -> "Ticket":
+        """Looks for these, and where a `state` has pages, for the first one of that behind each."""
+        return cls("find", names=[*names, *map(first_of_state, names)] if state else names)
+
+    def found(self, done: Sequence[bool], state: int) -> list[bytes]:
+        """The names of the pages that `find` was to look for and that are there, before the first that is not. Where a
+        `state` has so many pages, of those up to the last one with a state, and of that."""
+        if not state:
+            return list(compress(self.names, takewhile(bool, done)))
+        half = len(self.names) // 2
+        run = sum(takewhile(bool, done[:half]))
+        last = next((count for count in range(run, 0, -1) if done[half + count - 1]), 0)
+        return [*self.names[:last], *state_names(self.names[last - 1], state)] if last else []
+
+    def parts(self, most: int, state: int) -> "list[Ticket]":
+        """What goes up, in parts of `most` pages; the last `state` pages are parts of their own in any case."""
         stride, found = len(self.key) // len(self.pages), list[Ticket]()
-        for at in range(0, len(self.pages), most):
-            end, nodes = at + most, [] if at else self.nodes
+        cut = max(0, len(self.pages) - state)
+        begins = sorted({*range(0, cut, most), *range(cut, len(self.pages), most)})
+        for at, end in pairwise([*begins, len(self.pages)]):
+            nodes = [] if at else self.nodes
             key = self.key[at * stride : end * stride]
             part = Ticket("up", self.places[at:end], self.pages[at:end], nodes, self.names, self.first + at, key)
             if found:

@@ -229,15 +229,14 @@ class Tiers:
         return self._rising.get(name, 0)
 
     def rise(self, node: Node, key: bytes, names: Sequence[bytes], first: int, pages: list[int]) -> int:
-        """Move the pages of `names` from index `first` on, which are there, up to `pages`, taken from the pool. They go
-        on from `node` by `key`; it is locked, and both are the move's from now on. Where the device evicts they go in
-        parts: others go down meanwhile, to places that these have left. The number of the last."""
-        rising = names[first : first + len(pages)]
-        places = [place for name in rising if (place := self.host.get(name)) is not None]
+        """Move the pages of `names` from index `first` on, which are there, up to `pages`, taken from the pool; the
+        last are a state, if there are any. They go on from `node` by `key`; it is locked, and both are the move's from
+        now on. In parts, where the device evicts: others go down to places that these leave. The last one's number."""
+        places = list(filter(None, map(self.host.get, names[first : first + len(pages)])))
         assert len(places) == len(pages) and all(place.there for place in places), "a page goes up that is not there"
         self.host.pin(places)
         most = self.options.part(self._most_cold) if self._most_cold else len(pages)
-        for part in Ticket("up", places, pages, [node], names, first, key).parts(most):
+        for part in Ticket("up", places, pages, [node], names, first, key).parts(most, self.options.state):
             number = self._send(part, self._after)
             self._rising.update((place.name, number) for place in part.places)
         return number
@@ -291,7 +290,7 @@ class Tiers:
         fetches = {piece for piece in coming if self.fetching.rest(piece)}
         waits = coming - fetches - {0}
         if len(names) - first >= self.options.least_fetched and not self.clearing.wanted:
-            asked = self._send(Ticket("find", names=names[first:]), self._after)
+            asked = self._send(Ticket.find(names[first:], self.options.state), self._after)
             self._coming.update(dict.fromkeys(names[first:], asked))
             waits.add(asked)
         self.needs.add(number, waits, fetches)
@@ -302,8 +301,7 @@ class Tiers:
 
     def _found(self, number: int, ticket: Ticket, done: Sequence[bool]) -> None:
         self._come_not(number, ticket.names)
-        there = itertools.compress(ticket.names, itertools.takewhile(bool, done))
-        names = [name for name in there if self.host.get(name) is None]
+        names = [name for name in ticket.found(done, self.options.state) if self.host.get(name) is None]
         pieces: dict[int, Sequence[bytes]] = {}
         if len(names) >= self.options.least_fetched and self.needs.sought(number):
             for first in range(0, len(names), self.options.piece):

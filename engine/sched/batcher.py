@@ -279,7 +279,7 @@ class Scheduler:
     def _plan_chunk(self, step: StepColumns, request: Request) -> None:
         """Compute as much of `request` as the budget allows; at its end, draw a token. Its tokens are all known."""
         start, length = request.computed, len(request.ids)
-        self.places.states.mark(step, request, self.running)
+        self.places.mark(step, request, self.running)
         end = most = min(length, start + step.budget, *request.marks[:1])
         if self.chunks is not None:
             end = self.chunks.cut(step, start, end, self.page_size)

@@ -71,9 +71,18 @@ class Places:
         self._count(request)
         if self._told(request):
             assert self.tiers is not None and request.names is not None and request.node is not None
-            self.tiers.hit(request.node, request.names.upto(request.shared), request.pages[: request.shared])
+            self._hit(request)
             request.told = request.shared
         return True
+
+    def _hit(self, request: Request) -> None:
+        """Tell the tiers of the pages that a request begins with, and of its state."""
+        assert self.tiers is not None and request.names is not None and request.node is not None
+        names, pages, end = request.names.upto(request.shared), request.pages[: request.shared], request.node
+        if request.state and (leaf := self.states.leaf(end)) is not None:
+            names, pages, end = names[: request.shared], [*pages, *request.state], leaf
+            names += self.states.names(names)
+        self.tiers.hit(end, names, pages)
 
     def _count(self, request: Request) -> None:
         """Of a prompt that runs for the first time: what it asks for, and what it found."""
@@ -87,12 +96,39 @@ class Places:
         key = request.reusable(self._page_size)
         return self.states.known(key, request.salt) if self.states else key
 
+    def _wanted(self, request: Request) -> bytes:
+        """As `_known`, of what it may find in the tree and below."""
+        key = request.reusable(self._page_size)
+        if not self.states:
+            return key
+        assert self.tiers is not None and request.names is not None
+        pages, known = len(key) // (4 * self._page_size), self.states.known(key, request.salt)
+        names, held = request.names.upto(pages)[:pages], self.tree.match_length(key, request.salt)
+        return self.states.below(key, names, held, known, self.tiers.host)
+
+    def _lacking(self, request: Request) -> list[bytes]:
+        """The names of the pages that a waiting request lacks first: of its tokens, and of the state before these."""
+        assert self.tiers is not None and request.names is not None
+        key = request.reusable(self._page_size)
+        held, pages = self.tree.match_length(key, request.salt), len(key) // (4 * self._page_size)
+        names = request.names.upto(pages)[:pages]
+        reach = held + self.tiers.host.run(names, held, pages)
+        state = self.states.names(names[:reach])
+        return [*names[reach : reach + 1], *state[self.tiers.host.run(state, 0, len(state)) :][:1]]
+
+    def _names(self, request: Request, key: bytes) -> list[bytes]:
+        """Of the pages that `key` leads to, which `_known` or `_wanted` has given."""
+        assert request.names is not None
+        count = self.states.tokens(key)
+        names = request.names.upto(count)
+        return [*names[:count], *self.states.names(names[:count])] if self.states else names
+
     def _match(self, request: Request, running: int, key: bytes) -> bool:
         """Lock what the tree holds of `key`, a waiting request's, unless that does not fit."""
         if self._reuse:
             request.node, request.pages = self.tree.match(key, request.salt)
             self.tree.lock(request.node)  # before looking at what is available: these pages no longer are
-        missing = pages_for(len(request.ids), self._page_size) - self.states.before(request.pages)
+        missing = self.states.lacks(key, request.pages, pages_for(len(request.ids), self._page_size))
         if missing + running > self.pages.available:
             if request.node is not None:
                 self.tree.unlock(request.node)
@@ -112,26 +148,32 @@ class Places:
             return True
         if request.rises == MOST_RISES:
             return False
-        key = request.reusable(self._page_size)
+        key = self._wanted(request)
         stride = 4 * self._page_size
         last, held = len(key) // stride, self.tree.match_length(key, request.salt)
-        names = request.names.upto(last)
+        names = self._names(request, key)
         if held < last and (number := self.tiers.rising(names[held])):
             request.rise = number
             return True
         count = self.tiers.host.run(names, held, last)
-        if held + count < last and self.tiers.awaits(names[held + count], running if turn else None):
+        lacking = self._lacking(request) if self.states else names[held + count : last][:1]
+        if any(self.tiers.awaits(name, running if turn else None) for name in lacking):
             return True
-        rises = count >= self.tiers.options.least_risen
+        # A part of a state is none.
+        rises = 0 < count == last - held if self.states else count >= self.tiers.options.least_risen
         if (rises or turn) and self._makes_room(request, names[: held + count], running):
             return True
-        if not rises or not self._match(request, running, key):
+        if not rises:
             return False
+        if not self._match(request, running, key):  # pages of a state take room that computing it would not
+            request.rooms += bool(self.states)
+            return bool(self.states) and request.rooms <= MOST_ROOMS and any(self.tiers.nodes())
         assert request.node is not None and len(request.pages) == held
         self.tiers.device.used(names, request.pages)
         pages = self.pages.take(count)
         # What gave way for them may have gone down, and pushed out some of what was to come up.
         count = self.tiers.host.run(names, held, held + count)
+        count = 0 if self.states and held + count < last else count
         self.pool.give(pages[count:])
         if not count:
             self.tree.unlock(request.node)
@@ -148,15 +190,11 @@ class Places:
         """Whether pages go down before a waiting request takes theirs, as else the next step would wait for that. It
         has `names`, on the device and below. They are used by now, so they do not give way for that."""
         assert self.tiers is not None
-        needed = pages_for(len(request.ids), self._page_size)
-        if (
-            self.tiers.ready >= needed
-            or request.rooms == MOST_ROOMS
-            or not self._match(request, running, self._known(request))
-        ):
+        needed, key = pages_for(len(request.ids), self._page_size) + self.states.each, self._known(request)
+        if self.tiers.ready >= needed or request.rooms == MOST_ROOMS or not self._match(request, running, key):
             return False
         assert request.node is not None
-        self.tiers.device.used(names, request.pages)
+        self.tiers.device.used(self._names(request, key), request.pages)
         if not request.rooms:
             self.tiers.host.touch(reversed(names))
         request.rise = self.tiers.make_room(needed - len(request.pages))
@@ -218,6 +256,22 @@ class Places:
             return False
         return self.tree.match_length(request.key(0, last * self._page_size), request.salt) > request.shared
 
+    def mark(self, step: StepColumns, request: Request, running: int) -> None:
+        """A chunk of the prompt of `request` is planned in `step`: its state is kept before, where that is marked."""
+        if (leaf := self.states.mark(step, request, running)) is not None:
+            request.untold.append(leaf)
+            self._lower(request)
+
+    def _lower_states(self, request: Request) -> None:
+        """Tell the tiers of states that the tree has by now."""
+        untold, request.untold = request.untold, []
+        for leaf in filter(self.states.alive, untold):
+            assert self.tiers is not None and request.names is not None
+            pages = self.tree.path(leaf)
+            count = len(pages) - self.states.each
+            names = request.names.upto(count)[:count]
+            self.tiers.shared(leaf, [*names, *self.states.names(names)], count, pages[count:])
+
     def _told(self, request: Request) -> bool:
         """Whether tiers are told of the pages of a running request, as things are."""
         return request.names is not None and request.node is not None and not self._encoder.makes(request)
@@ -229,6 +283,8 @@ class Places:
             first, names = request.told, request.names.upto(request.shared)
             self.tiers.shared(request.node, names, first, request.pages[first : request.shared])
             request.told = request.shared
+        if request.untold and self._told(request):
+            self._lower_states(request)
 
     def made(self, numbers: Iterable[int], running: Iterable[Request]) -> None:
         """A step that made these media is over: pages of those who show them are right."""
@@ -265,7 +321,10 @@ class Places:
             self.share(request, min(request.keeps[0], end))
             self.states.settle(request, min(request.keeps[0], end))
         self.states.forget(request)
+        if request.leaf is not None:
+            request.untold.append(request.leaf)
         self.share(request, end)
+        self._lower(request)
         self.pool.give(request.pages[request.shared :])
         if request.node is not None:
             self.tree.unlock(request.node)
@@ -278,6 +337,10 @@ class Places:
             return
         names = request.names.upto(request.shared)[: request.shared]
         self.tiers.device.again(names, request.pages[: request.shared])
+        if request.node is not None and (leaf := self.states.last(request.node)) is not None:
+            pages = self.tree.path(leaf)
+            state = self.states.names(names[: len(pages) - self.states.each])
+            self.tiers.device.again(state, pages[-self.states.each :])
         if request.session is not None:
             request.session.below = Below(self.tiers.host, names)
 

@@ -101,6 +101,7 @@ class Request:
     kept: int = 0  # the last position of which a state is kept, or about to be
     keeps: tuple[int, list[int]] | None = None  # a position of its reply, and the pages with the state there
     leaf: Node | None = None  # of the state that was kept last of its reply
+    untold: list[Node] = field(default_factory=list)  # leaves of states that tiers are to be told of
 
     @classmethod
     def admitted(cls, admit: Admit, arrival: int, bound: tuple[Bound, ...] = ()) -> "Request":
@@ -183,7 +184,7 @@ class Request:
         self.node, self.shared, self.told, self.pages = None, 0, 0, []
         self.computed = 0
         self.session = None
-        self.state, self.marks, self.kept, self.keeps, self.leaf = [], [], 0, None, None
+        self.state, self.marks, self.kept, self.keeps, self.leaf, self.untold = [], [], 0, None, None, []
 
 
 def rank(request: Request) -> tuple[int, int]:

@@ -19,7 +19,9 @@ cannot take back; marks of a prompt that is shorter than LEAST.
 from array import array
 from collections.abc import Iterable
 
+from engine.cache.host import HostPages
 from engine.cache.keys import STATE
+from engine.cache.names import first_of_state, state_names
 from engine.cache.pages import CachePages
 from engine.cache.radix import Node
 from engine.messages.step import KeptState
@@ -35,7 +37,7 @@ class States:
 
     def __init__(self, pages: CachePages, page_size: int, each: int) -> None:
         self._pages, self._tree = pages, pages.tree
-        self._page_size, self._each = page_size, each
+        self._page_size, self.each = page_size, each
         self.least, self.interval = LEAST, INTERVAL
         self._page = array("i", [STATE] * page_size).tobytes()
         self.key = self._page * each  # which leads from the end of a prefix to its state
@@ -43,7 +45,7 @@ class States:
 
     def __bool__(self) -> bool:
         """Whether the model has states."""
-        return bool(self._each)
+        return bool(self.each)
 
     # ── where a request begins ───────────────────────────────────────────────────────────────
 
@@ -60,27 +62,52 @@ class States:
         count, child = 0, node.children.get(self._page)
         while child is not None:
             count += len(child.pages)
-            if count == self._each:
+            if count == self.each:
                 return child
             child = child.children.get(self._page)
         return None
 
+    def alive(self, leaf: Node) -> bool:
+        """Whether `leaf`, of a prefix that somebody has, is still there: it may have given way."""
+        return leaf.parent is not None and self.leaf(leaf.parent) is leaf
+
     def last(self, node: Node | None) -> Node | None:
         """The leaf of the last state on the way to `node`."""
-        while node is not None and node.parent is not None:
+        while self and node is not None and node.parent is not None:
             if (leaf := self.leaf(node)) is not None:
                 return leaf
             node = node.parent
         return None
 
-    def before(self, pages: list[int]) -> int:
-        """How many of `pages`, which a request has found up to a state, are of its tokens."""
-        return len(pages) - (self._each if pages else 0)
+    def names(self, prefix: list[bytes]) -> list[bytes]:
+        """What tiers know the pages of the state by at the end of the pages of these names."""
+        return state_names(prefix[-1], self.each) if prefix else []
+
+    def below(self, key: bytes, names: list[bytes], held: int, known: bytes, host: HostPages) -> bytes:
+        """What leads along `key`, whose pages have these `names`, to the last state that there is with what lies in the
+        `host`, where the device has the first `held` pages and the `known` state."""
+        if not key:
+            return known
+        last = held + host.run(names, held, len(names))
+        for count in range(last, max(0, self.tokens(known)), -1):
+            begins = first_of_state(names[count - 1]) in host.names
+            if begins and host.run(self.names(names[:count]), 0, self.each) == self.each:
+                return key[: count * len(self._page)] + self.key
+        return known
+
+    def tokens(self, key: bytes) -> int:
+        """The pages of tokens in what leads to a state, or in any key where the model has none."""
+        return len(key) // len(self._page) - (self.each if key else 0)
+
+    def lacks(self, key: bytes, pages: list[int], needed: int) -> int:
+        """How many pages a request takes that has matched `pages` by `key` and is to have `needed` for its tokens."""
+        tokens, whole = self.tokens(key), len(key) // len(self._page)
+        return needed - min(len(pages), tokens) + min(whole - tokens, whole - len(pages))
 
     def begin(self, request: Request) -> None:
         """`request` has matched what `known` gave: its lock is on the leaf, and moves to the end of the prefix. It is
         known where it will keep its state."""
-        held = self.before(request.pages)
+        held = max(0, len(request.pages) - self.each)
         if request.pages:
             request.pages, request.state = request.pages[:held], request.pages[held:]
             leaf, request.node = request.node, self._above(request.node)
@@ -137,23 +164,24 @@ class States:
     def keep(self, step: StepColumns, request: Request, running: int) -> list[int]:
         """Have the state of `request` copied before `step`, if so many `running` rows find a page each then; the pages
         of the copy."""
-        if self._pages.available - self._each < running:
+        if self._pages.available - self.each < running:
             return []
-        pages = self._pages.take(self._each)
+        pages = self._pages.take(self.each)
         step.keeps += (KeptState(request.slot, array("i", pages).tobytes()),)
         return pages
 
-    def mark(self, step: StepColumns, request: Request, running: int) -> None:
-        """If `request`, whose prompt is computed, stands at a mark, its state is kept before `step`."""
+    def mark(self, step: StepColumns, request: Request, running: int) -> Node | None:
+        """If `request`, whose prompt is computed, stands at a mark, its state is kept before `step`: the leaf."""
         if not request.marks or request.marks[0] != request.computed:
-            return
+            return None
         request.marks.pop(0)
         request.kept = request.computed
         if request.node is None or request.shared * self._page_size != request.computed:
-            return  # the prefix is not in the tree
+            return None  # the prefix is not in the tree
         self._due.discard(request.node)
-        if self.leaf(request.node) is None and (pages := self.keep(step, request, running)):
-            self.add(request.node, pages)
+        if self.leaf(request.node) is not None or not (pages := self.keep(step, request, running)):
+            return None
+        return self.add(request.node, pages)
 
     def grow(self, step: StepColumns, request: Request, position: int, running: int) -> None:
         """`request` decodes, and its page ends before `position`, which `step` computes: its state is kept where the
@@ -173,8 +201,7 @@ class States:
             return
         before, request.leaf = request.leaf, self.add(request.node, pages)
         # It may have given way. What it is behind is locked.
-        there = before is not None and before.parent is not None and self.leaf(before.parent) is before
-        if before is not None and there and not (before.locks or before.pins):
+        if before is not None and self.alive(before) and not (before.locks or before.pins):
             self._pages.remove([before])
 
     def add(self, node: Node, pages: list[int]) -> Node:

@@ -29,6 +29,7 @@ def manifest_of(
     said = json.dumps(terms, sort_keys=True, default=str)
     spec, place = model.kv_spec(), mesh.coordinates
     layout = [[group.layers, list(group.shape), group.dtype] for group in spec.groups]
+    layout += [[group.layers, list(group.shape), group.dtype] for group in spec.states]
     return {
         "format": FORMAT,
         "model": type(model).__name__,

@@ -21,13 +21,13 @@ logger = logging.getLogger("engine.worker")
 def begin_transfers(config: Config, plugins: Plugins, runner: Runner, here: int, **about: Any) -> Transfers | None:
     """What moves the pages of a rank, one of so many `here`; None where no option asks for tiers.
 
-    `about` is for its manifest. Raises ConfigError for a model whose requests have states, which are in no page, and
-    for a size that is less than a page."""
+    `about` is for its manifest. Raises ConfigError for a model that keeps no pages, and for a size that is less than
+    one."""
     sizes, spec = tier_sizes(config.cache), runner.model.kv_spec()
     if sizes is None:
         return None
-    if spec.states or not spec.groups:
-        what = "keeps states of requests, which no page holds" if spec.states else "keeps no pages"
+    if not spec.groups:
+        what = "keeps states of requests and no pages" if spec.states else "keeps no pages"
         raise ConfigError(f"{type(runner.model).__name__} {what}; leave --kv-host and --kv-disk out")
     pages = sizes.host // here // spec.page_bytes
     if not pages:

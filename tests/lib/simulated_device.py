@@ -14,6 +14,7 @@ prefix too. What the wrong ones leave in the cache are hashes that nobody may re
 """
 
 from array import array
+from typing import Any
 
 from engine.messages.request import Admit
 from engine.messages.step import DRAFTS, NOTHING, Logprobs, SlotAdmit, StepDone, StepPlan
@@ -102,9 +103,8 @@ class SimulatedDevice:
         self.tokens: dict[int, list[int]] = {}  # slot: tokens
         self.admits: dict[int, SlotAdmit] = {}
         self.table: dict[tuple[int, int], int] = {}  # slot, index: page
-        self.store: dict[tuple[int, int], int] = {}  # page, offset: hash of the prefix written there
+        self.store: dict[tuple[int, int], Any] = {}  # page, offset: hash of the prefix written there, or of a state
         self.computed = 0
-        self.copies: dict[int, tuple[int, int]] = {}  # states, by the hashes that stand for them in pages
         self.restored = 0  # requests that began with a state
         self.order: list[int] = []  # seeds in the order of admission to slots
 
@@ -191,16 +191,15 @@ class SimulatedDevice:
             assert len(set(pages)) == self.states and all(0 <= page < self.pages for page in pages)
             for index, page in enumerate(pages):
                 for offset in range(self.page_size):
-                    self.store[page, offset] = hash((self.state[kept.slot], index, offset))
-                    self.copies[self.store[page, offset]] = self.state[kept.slot]
+                    self.store[page, offset] = self.state[kept.slot], index, offset
         for admit in plan.admits:
             self.state.pop(admit.slot, None)
             if pages := array("i", admit.state):
                 assert len(pages) == self.states
-                state = self.copies[self.store[pages[0], 0]]
+                state, _, _ = self.store[pages[0], 0]
                 for index, page in enumerate(pages):
                     for offset in range(self.page_size):
-                        assert self.store[page, offset] == hash((state, index, offset)), "a state is not whole"
+                        assert self.store[page, offset] == (state, index, offset), "a state is not whole"
                 self.state[admit.slot] = state
                 self.restored += 1
             assert 0 <= admit.slot < self.slots

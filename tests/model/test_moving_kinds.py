@@ -1,5 +1,5 @@
 """Pages of each kind come up from the host and from a disk as they went down: latents, numbers in FP8 with the scales
-that layers hold, and those behind pictures, which ids alone do not tell apart."""
+that layers hold, states of recurrent layers, and those behind pictures, which ids alone do not tell apart."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
+from oracle import tiny_model
 from seeing import IMAGE, START, ask, filled, picture, qwen2_5_vl, saved
+from test_qwen3_5 import DELTA
 from tiny_checkpoint import assert_same, save_checkpoint
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -36,6 +38,12 @@ def latents_in_fp8(folder: Path) -> dict[str, Any]:
     return {**latents(folder), "kv_dtype": "fp8"}
 
 
+def states(folder: Path) -> dict[str, Any]:
+    sizes = {**DELTA, "num_hidden_layers": 8, "max_position_embeddings": 512}
+    save_checkpoint(tiny_model("Qwen3_5", **sizes), folder)
+    return {}
+
+
 def pictures(folder: Path) -> dict[str, Any]:
     size = {"size": {"shortest_edge": 64, "longest_edge": 2048}}
     saved(qwen2_5_vl(), folder, image_processor=Qwen2VLImageProcessorPil(**size, patch_size=4).to_dict())
@@ -54,7 +62,7 @@ def asked(engine: Engine, sees: bool, times: int = 1) -> list[Reply]:
     return [replies[-1] for replies in told]
 
 
-@pytest.mark.parametrize("kind", [latents, latents_in_fp8, pictures])
+@pytest.mark.parametrize("kind", [latents, latents_in_fp8, states, pictures])
 def test_replies_are_the_same_wherever_pages_have_been(kind: Callable[[Path], dict[str, Any]], tmp_path: Path) -> None:
     model, sees = tmp_path / "model", kind is pictures
     options = {**OPTIONS, "model": str(model), **kind(model), "kv_host": "1MiB", "kv_disk": f"{tmp_path}/kv:64MiB"}

@@ -40,7 +40,9 @@ class TierBench(Bench):
     as long for a page as the device for a token, as far as that is known."""
 
     def __init__(self, host, write="write-through", stores=True, fetch=0.0, cold=6, part=16, **options):
-        super().__init__(**options, tiers=TierOptions(host, write, stores, 1, 1, piece=2, cold=cold, least_part=part))
+        state = options.get("states", 0)
+        tiers = TierOptions(host, write, stores, 1, 1, piece=2, cold=cold, least_part=part, state=state)
+        super().__init__(**options, tiers=tiers)
         self.below = SimulatedTiers(self.device, host)
         self.moves = Moves([self.scheduler])
         if fetch:
