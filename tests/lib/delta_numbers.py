@@ -27,9 +27,9 @@ class Kept(NamedTuple):
 
 def kept() -> Kept:
     generator = torch.Generator().manual_seed(1)
-    window = torch.randn(LINES, WIDTH - 1, CHANNELS, generator=generator)
-    memory = torch.randn(LINES, HEADS.value, HEADS.key_dim, HEADS.value_dim, generator=generator)
-    return Kept(window.to(DEVICE), memory.to(DEVICE))
+    window = torch.randn(LINES, 3, WIDTH - 1, CHANNELS, generator=generator)
+    memory = torch.randn(LINES, 3, HEADS.value, HEADS.key_dim, HEADS.value_dim, generator=generator)
+    return Kept(window.to(DEVICE)[:, 1], memory.to(DEVICE)[:, 1])  # of a layer between two others
 
 
 class Numbers:

@@ -74,7 +74,7 @@ def _gates(beta, step, rate, bias):
 
 
 @triton.jit
-def _step_kernel(mixed, beta, step, rate, bias, memory, slots, out, mixed_stride, gate_stride, value_heads, scale,
+def _step_kernel(mixed, beta, step, rate, bias, memory, slots, out, mixed_stride, gate_stride, value_heads, scale, line,
                  SHARED: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, KEYS: tl.constexpr,
                  VALUES: tl.constexpr, SMALL: tl.constexpr):  # fmt: skip
     """One token of a row. `SHARED` value heads have one key head."""
@@ -90,8 +90,8 @@ def _step_kernel(mixed, beta, step, rate, bias, memory, slots, out, mixed_stride
     key = key / tl.sqrt_rn(tl.sum(key * key, 0) + SMALL)
     taken, decay = _gates(tl.load(beta + row * gate_stride + head), tl.load(step + row * gate_stride + head),
                           tl.load(rate + head), tl.load(bias + head))  # fmt: skip
-    line = (tl.load(slots + row) * value_heads + head) * KEY * VALUE
-    places = memory + line + k[:, None] * VALUE + v[None, :]
+    held_at = memory + tl.load(slots + row) * line + head * KEY * VALUE
+    places = held_at + k[:, None] * VALUE + v[None, :]
     there = (k < KEY)[:, None] & (v < VALUE)[None, :]
     held = tl.load(places, mask=there, other=0.0) * tl.exp(decay)
     new = (value - tl.sum(held * key[:, None], 0)) * taken
@@ -103,7 +103,7 @@ def _step_kernel(mixed, beta, step, rate, bias, memory, slots, out, mixed_stride
 
 @triton.jit
 def _chunks_kernel(mixed, beta, step, rate, bias, memory, slots, offsets, out, mixed_stride, gate_stride, value_heads,
-                   scale, SHARED: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, KEYS: tl.constexpr,
+                   scale, line, SHARED: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, KEYS: tl.constexpr,
                    VALUES: tl.constexpr, TOKENS: tl.constexpr, SMALL: tl.constexpr):  # fmt: skip
     """All tokens of a row, as reference.py's `_chunks` computes them."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -111,8 +111,8 @@ def _chunks_kernel(mixed, beta, step, rate, bias, memory, slots, offsets, out, m
     v = tl.program_id(2) * VALUES + tl.arange(0, VALUES)
     t = tl.arange(0, TOKENS)
     key_head, key_heads = head // SHARED, value_heads // SHARED
-    line = (tl.load(slots + row) * value_heads + head) * KEY * VALUE
-    places = memory + line + k[:, None] * VALUE + v[None, :]
+    held_at = memory + tl.load(slots + row) * line + head * KEY * VALUE
+    places = held_at + k[:, None] * VALUE + v[None, :]
     there = (k < KEY)[:, None] & (v < VALUE)[None, :]
     held = tl.load(places, mask=there, other=0.0)
     head_rate, head_bias = tl.load(rate + head), tl.load(bias + head)
@@ -176,7 +176,8 @@ class TritonDeltaOps(DeltaOps):
         return out
 
     def delta_rule(self, mixed: Tensor, gates: DeltaGates, heads: DeltaHeads, memory: Tensor, rows: StepRows) -> Tensor:
-        assert mixed.stride(1) == 1 and memory.is_contiguous() and gates.beta.stride() == gates.step.stride()
+        assert mixed.stride(1) == 1 and gates.beta.stride() == gates.step.stride()
+        assert memory[0].is_contiguous()  # lines are a stride apart: those of other layers lie between
         out = mixed.new_empty(len(mixed), heads.value, heads.value_dim)
         count = len(rows.slots)
         constants = {
@@ -188,7 +189,7 @@ class TritonDeltaOps(DeltaOps):
             "SMALL": SMALL,
         }
         grid = count, heads.value, triton.cdiv(heads.value_dim, VALUES)
-        sizes = mixed.stride(0), gates.beta.stride(0), heads.value, heads.key_dim**-0.5
+        sizes = mixed.stride(0), gates.beta.stride(0), heads.value, heads.key_dim**-0.5, memory.stride(0)
         if len(mixed) == count:
             _step_kernel[grid](mixed, *gates, memory, rows.slots, out, *sizes, **constants)
         else:
