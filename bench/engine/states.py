@@ -83,15 +83,14 @@ class Bench:
 
     async def talk(self, engine: AsyncEngine, away: bool = False) -> tuple[float, float]:
         """The median time to the first token of all turns but the first, and the share of their tokens that were
-        cached. If they go `away`, others push them out of the device before each turn."""
+        cached. If they go `away`, others push them out of the device before each round."""
         scale, firsts, cached, tokens = self.scale, [], 0, 0
         await engine.front.flush()
         texts = [self.text(scale.first) for _ in range(scale.conversations)]
         for turn in range(TURNS):
+            for _ in range(2 * scale.cache // scale.first if away and turn else 0):
+                await asked(engine, self.text(scale.first), 1)
             for place, text in enumerate(texts):
-                if away and turn:
-                    for _ in range(2 * scale.cache // scale.first):
-                        await asked(engine, self.text(scale.first), 1)
                 first, found, ids = await asked(engine, text, scale.reply)
                 if turn:
                     firsts.append(first)

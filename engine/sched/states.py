@@ -1,16 +1,17 @@
 """States of recurrent layers at the ends of cached prefixes: who begins with one, and when one is kept. Pure.
 
-    prompt     ▓▓▓▓▓▓▓▓ cached ▓▓▓▓▓▓▓▓|░░░░░░░ computed ░░░░░░░|░ tail      a chunk ends at each mark
-                                       |                        |            where the text of another branches off,
-                                     mark                     mark           and at the end of the last whole page
+    prompt     ▓▓▓▓▓▓▓▓ cached ▓▓▓▓▓▓▓▓|░░░░░░░ computed ░░░░░░░|░ tail      a chunk ends at each mark: where another
+                                       |                        |            text branches off, and of a long prompt
+                                     mark                     mark           at the end of its last whole page
     tree       ── 20 pages ──┬── 7 pages ──┬── 2 pages             ◆         a copy of a state, in pages of its own,
                              ◆             ◆                                 is a leaf, whose key is no token's
 
 A page holds keys and values of its tokens, and so serves whoever has the same prefix. A recurrent layer has one state
 of a request, which stands for all tokens so far: to begin behind a prefix, its state there is needed as well. So copies
-are kept, where steps begin and the end of a page is reached: of a prompt at marks, of a reply at intervals, of which
-the last one stays. A copy takes as many pages as its bytes need, of the same pool. It is a leaf of the tree at the end
-of its prefix. So it gives way by itself, by when it was used, and moves between tiers as any pages do.
+are kept, where steps begin and the end of a page is reached: of a prompt at marks, of a reply at its first page and at
+intervals, of which the last one stays. A copy takes as many pages as its bytes need, of the same pool. It is a leaf of
+the tree at the end of its prefix. So it gives way by itself, by when it was used, and moves between tiers as any pages
+do.
 
 SGLang keeps such states in a pool of its own, and vLLM with blocks that are as large. Left out: drafts, which a state
 cannot take back; marks of a prompt that is shorter than LEAST.
@@ -28,7 +29,8 @@ from engine.messages.step import KeptState
 from engine.sched.columns import StepColumns
 from engine.sched.request import Request
 
-LEAST = 64  # tokens that a state spares, or it is not kept: a mark costs its request a step
+LEAST = 64  # tokens that a state spares, or it is not kept
+CUT = 1024  # the same, for the end of a prompt to be a mark: that costs its request a step, and a page later nothing
 INTERVAL = 256  # tokens of a reply
 
 
@@ -38,7 +40,7 @@ class States:
     def __init__(self, pages: CachePages, page_size: int, each: int) -> None:
         self._pages, self._tree = pages, pages.tree
         self._page_size, self.each = page_size, each
-        self.least, self.interval = LEAST, INTERVAL
+        self.least, self.cut, self.interval = LEAST, CUT, INTERVAL
         self._page = array("i", [STATE] * page_size).tobytes()
         self.key = self._page * each  # which leads from the end of a prefix to its state
         self._due: set[Node] = set()  # ends of prefixes whose states the next step keeps
@@ -126,22 +128,21 @@ class States:
     def _marks(self, request: Request) -> list[int]:
         """Positions at which `request`, whose prompt is about to be computed, keeps its state."""
         key = request.key(0, (len(request.ids) - 1) // self._page_size * self._page_size)
-        wanted = [self._branch(key, request.salt), len(key) // 4]
         found: list[int] = []
-        for position in wanted:
+        for position, least in ((self._branch(key, request.salt), self.least), (len(key) // 4, self.cut)):
             spared = position - (found[-1] if found else request.kept)
             whole = any(each.whole and 0 < position - each.begin < each.count for each in request.shown)
-            if spared >= self.least and not whole:
+            if spared >= least and not whole:
                 found.append(position)
         return found
 
     def _branch(self, key: bytes, salt: bytes) -> int:
-        """The tokens of `key` that are cached, if another text goes on from there."""
+        """The tokens of `key` that are cached, if that is all of it or another text goes on from there."""
         ends = self._tree.ends(key, salt)
         held = self._tree.match_length(key, salt) * self._page_size
         within = held * 4 > (ends[-1][1] if ends else 0)
         goes_on = bool(ends) and any(child != self._page for child in ends[-1][0].children)
-        return held if within or goes_on else 0
+        return held if within or goes_on or held * 4 == len(key) else 0
 
     # ── what is kept ─────────────────────────────────────────────────────────────────────────
 
@@ -185,8 +186,10 @@ class States:
 
     def grow(self, step: StepColumns, request: Request, position: int, running: int) -> None:
         """`request` decodes, and its page ends before `position`, which `step` computes: its state is kept where the
-        last one is an interval behind."""
-        if request.keeps is not None or position - request.kept < self.interval:
+        last one is an interval behind, or that of its prompt is not kept."""
+        end = (request.prompt_len - 1) // self._page_size * self._page_size
+        least = self.least if request.kept < end else self.interval
+        if request.keeps is not None or position - request.kept < least:
             return
         if pages := self.keep(step, request, running):
             request.kept, request.keeps = position, (position, pages)

@@ -46,8 +46,8 @@ def test_replies_from_cached_states_are_those_without(model: str, ranks: dict[st
         wanted = talked(engine)
     assert_same(found, wanted, 1e-3)
     assert [reply.cached_tokens for reply in wanted] == [0] * 2 * TURNS
-    # Of a turn the state at the end of its last whole page is found by the next.
-    ends = [(SYSTEM + FIRST + turn * (12 + NEXT) - 1) // 8 * 8 for turn in range(TURNS - 1)]
+    # Of a turn the state at the end of the first whole page of its reply is found by the next.
+    ends = [-(-(SYSTEM + FIRST + turn * (12 + NEXT)) // 8) * 8 for turn in range(TURNS - 1)]
     assert [reply.cached_tokens for reply in found] == [0, 0, *(end for end in ends for _ in range(2))]
 
 

@@ -65,7 +65,8 @@ class Bench:
             tiers=tiers, state_pages=states,
         )  # fmt: skip
         if states:  # for tiny texts
-            self.scheduler.places.states.least, self.scheduler.places.states.interval = 2, 6
+            kept = self.scheduler.places.states
+            kept.least, kept.cut, kept.interval = 2, 2, 6
         self.device = SimulatedDevice(pages, page_size, slots, max_step_tokens, burst, states)
         self.depth = depth
         self.now = 0.0

@@ -68,6 +68,19 @@ def test_who_shares_a_prompt_in_the_queue_begins_with_its_state(policy: str, max
     assert (bench.device.restored, states_in(bench)) == (5, 0)  # none is left after the flush
 
 
+def test_of_a_short_prompt_the_state_is_kept_the_second_time_and_of_its_reply_at_once() -> None:
+    """So a turn costs no step more, and samples of one prompt share it from the third on."""
+    bench = Bench(pages=200, states=2, max_step_tokens=1000)
+    bench.scheduler.places.states.cut = 1000
+    prompt = [index % 4 for index in range(101)]
+    bench.admit(*[request(f"r{index}", prompt, max_new=9, seed=index) for index in range(6)])
+    bench.drain_steps()
+    assert sorted(bench.cached.values()) == [0, 0, 100, 100, 100, 100]
+    ended(bench, request("next", [*prompt, *bench.tokens["r0"], 1, 1], max_new=1))
+    assert bench.cached["next"] == 104
+    bench.drain()
+
+
 def test_the_state_where_texts_part_is_kept_the_second_time() -> None:
     bench = Bench(pages=300, states=2)
     system = [0, 1, 2, 3, 3] * 8  # 40 tokens, 10 pages
@@ -79,7 +92,7 @@ def test_the_state_where_texts_part_is_kept_the_second_time() -> None:
 
 def test_short_prompts_keep_no_state_and_cost_no_step() -> None:
     bench = Bench(pages=100, states=2, max_step_tokens=1000)
-    bench.scheduler.places.states.least = 64
+    bench.scheduler.places.states.least = bench.scheduler.places.states.cut = 64
     bench.admit(*[request(f"r{index}", [index % 4, *[1] * 60], max_new=1) for index in range(4)])
     assert (plan := bench.plan()) is not None and not plan.keeps and bench.plan() is None
     bench.commit()

@@ -147,7 +147,8 @@ class Drive:
             pages=12, page_size=4, slots=3, max_model_len=40, max_step_tokens=7, policy=FirstComeFirstServed(),
             prefix_cache=prefix_cache, max_waiting=99, state_pages=state_pages,
         )  # fmt: skip
-        self.scheduler.places.states.least = self.scheduler.places.states.interval = 4
+        kept = self.scheduler.places.states
+        kept.least = kept.cut = kept.interval = 4
         self.depth = depth
         self.flying: deque[Step] = deque()
         self.said: dict[str, list[int]] = {}
