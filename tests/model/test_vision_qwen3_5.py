@@ -52,10 +52,10 @@ def test_rows_with_and_without_pictures_share_a_step(family: Any) -> None:
 
 
 def test_replies_through_all_rooms(family: Any, tmp_path: Any) -> None:
-    """Prompts in chunks and together, twice: no prefix is taken from the cache, as no page holds a state. Requests
-    that end early leave nothing to those that have their slots next."""
+    """Prompts in chunks and together, three times: states behind pictures are kept the second time at last, and
+    found the third. Requests that end early leave nothing to those that have their slots next."""
     shown = [(ONE,), (), (CLIP, ONE)]
-    asked = [(prompt(family, *each)[0], each) for each in shown]
+    asked = [(prompt(family, *each)[0] + [7, 8, 9] * 12, each) for each in shown]
     options = {"max_step_tokens": 23, "page_size": 4, "device": "cpu", "max_running": 3}
     with Engine(model=str(saved(family.theirs, tmp_path, **PROCESSORS)), **options) as engine:
         media = [prepared(engine, each) for each in shown]
@@ -64,9 +64,11 @@ def test_replies_through_all_rooms(family: Any, tmp_path: Any) -> None:
         first = ask_all(engine, asked, max_tokens=6)
         for future in leaving:
             future.cancel()
-        second = ask_all(engine, asked, max_tokens=6)
-    assert [reply.cached_tokens for reply in first + second] == [0] * 6
-    assert [reply.ids for reply in first] == [reply.ids for reply in second]
+        second, third = ask_all(engine, asked, max_tokens=6), ask_all(engine, asked, max_tokens=6)
+    lengths = [len(each.ids) for each in placed]
+    assert [reply.cached_tokens for reply in third] == [(length - 1) // 4 * 4 * (length > 64) for length in lengths]
+    assert sorted(length > 64 for length in lengths) == [False, True, True]
+    assert [reply.ids for reply in first] == [reply.ids for reply in second] == [reply.ids for reply in third]
     assert len({tuple(reply.ids) for reply in first}) == len(first)
     for reply, each, own in zip(first, placed, media, strict=True):
         scores = their_logits(family, [*each.ids, *reply.ids], own)[len(each.ids) - 1 : -1]

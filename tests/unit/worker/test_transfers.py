@@ -298,13 +298,13 @@ def test_sizes_that_do_not_go_together_are_refused(monkeypatch: pytest.MonkeyPat
             tiers.check_tiers(resolve(options))
 
 
-def test_a_model_with_states_or_without_pages_and_a_host_of_no_page_are_refused() -> None:
-    states = KVSpec(4, (HEADS,), (StateGroup("state", 1, (4,), "float32"),))
+def test_a_model_without_pages_and_a_host_of_no_page_are_refused() -> None:
+    states = KVSpec(4, (), (StateGroup("state", 1, (4,), "float32"),))
     for spec, options, said in (
         (
             states,
             {"kv_host": "1GiB"},
-            "keeps states of requests, which no page holds; leave --kv-host and --kv-disk out",
+            "keeps states of requests and no pages; leave --kv-host and --kv-disk out",
         ),
         (KVSpec(4, ()), {"kv_host": "1GiB"}, "keeps no pages"),
         (KVSpec(4, (HEADS,)), {"kv_host": "15"}, "--kv-host 15 B, divided by 1 rank, is less than one page"),
